@@ -1,0 +1,68 @@
+"""Group-relative advantages."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from .data import Advantages, StepRewards
+from .knobs import Choice, Knob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupNorm:
+    """(credit - group mean) / standard deviation, per view, then the weighted sum of views.
+
+    The standard deviation is sqrt(std^2 + (std_floor * pooled)^2) + std_eps, where ``pooled`` is that of all steps of the
+    group: without the floor, steps whose gains are almost pure noise are blown up to unit variance.
+    """
+
+    std_scope: Annotated[str, Choice(("group", "global"), "whose spread divides: the group's or all groups'")] = "group"
+    norm_axis: Annotated[str, Choice(("step", "joint"), "normalise each step by itself, or all steps together")] = (
+        "step"
+    )
+    std_floor: Annotated[float, Knob(0.0, 10.0, "floor of a step's spread, as a share of the spread of all steps")] = (
+        0.0
+    )
+    std_eps: Annotated[float, Knob(0.0, 10.0, "added to the spread")] = 1e-4
+    advantage_clip: Annotated[float, Knob(0.01, 1000.0, "largest absolute advantage")] = 5.0
+
+    def __call__(self, credit: Tensor, rewards: StepRewards, group: Tensor, train: Tensor) -> Advantages:
+        """[V, B, T] credit -> [B, T] advantages.
+
+        Only steps that ``train`` [B, T] marks and that have credit in all views count, in the statistics too;
+        a group in which fewer than two are left teaches nothing and is masked.
+        """
+        valid = credit.isfinite().all(0) & train
+        members = [group == g for g in group.unique()]
+        centred, mask, spread = torch.zeros_like(credit), torch.zeros_like(valid), torch.ones_like(credit)
+        for chains in members:
+            known = valid[chains]
+            centred[:, chains] = self.centre(credit[:, chains], known)
+            spread[:, chains] = self.spread(centred[:, chains], known)
+            enough = known.sum(0) > 1 if self.norm_axis == "step" else known.any(1).sum() > 1
+            mask[chains] = known & enough
+        if self.std_scope == "global":
+            spread = self.spread(centred, valid)
+        values = centred / (spread + self.std_eps)
+        summed = torch.einsum("v,vbt->bt", rewards.weights, values)
+        return Advantages(summed.masked_fill(~mask, 0).clamp(-self.advantage_clip, self.advantage_clip), mask)
+
+    def centre(self, credit: Tensor, valid: Tensor) -> Tensor:
+        """Credit minus its mean over the chains (and steps) of one group; 0 where not valid."""
+        known = credit.masked_fill(~valid, 0)
+        if self.norm_axis == "joint":
+            mean = known.sum((1, 2), keepdim=True) / valid.sum().clamp(min=1)
+        else:
+            mean = known.sum(1, keepdim=True) / valid.sum(0).clamp(min=1)
+        return (known - mean).masked_fill(~valid, 0)
+
+    def spread(self, centred: Tensor, valid: Tensor) -> Tensor:
+        """Root mean square over chains (and steps), [V, 1, T] or [V, 1, 1]."""
+        square = centred.square()
+        pooled = square.sum((1, 2), keepdim=True) / valid.sum().clamp(min=1)
+        if self.norm_axis == "joint":
+            return pooled.sqrt()
+        per_step = square.sum(1, keepdim=True) / valid.sum(0).clamp(min=1)
+        return (per_step + self.std_floor**2 * pooled).sqrt()

@@ -1,0 +1,66 @@
+"""The processes that share a run: whole groups each, gradients added, statistics gathered."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class World(Protocol):
+    """What the training loop needs of the other processes."""
+
+    rank: int
+    size: int
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add ``values`` of all processes."""
+        ...
+
+    def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """Concatenate ``rows`` of all processes in rank order; sizes may differ along ``dim``. On the CPU."""
+        ...
+
+
+class Solo:
+    """One process."""
+
+    rank, size = 0, 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Nothing to add."""
+        return values
+
+    def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """Nothing to gather."""
+        return rows.cpu()
+
+
+class Accelerated:
+    """Processes started by ``accelerate launch``."""
+
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
+        self.rank, self.size = accelerator.process_index, accelerator.num_processes
+
+    def sum(self, values: Tensor) -> Tensor:
+        """All-reduce."""
+        return self.accelerator.reduce(values, "sum")
+
+    def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """All-gather of unequal parts: pad to the longest, gather, cut."""
+        rows = rows.to(self.accelerator.device).movedim(dim, 0)
+        counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = self.accelerator.gather(padded[None].contiguous()).cpu()
+        joined = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return joined.movedim(0, dim)
+
+
+def join_world() -> World:
+    """The processes around this one; one process without ``accelerate launch``."""
+    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+        return Solo()
+    from accelerate import Accelerator
+
+    return Accelerated(Accelerator())

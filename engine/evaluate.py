@@ -1,0 +1,62 @@
+"""Held-out evaluation: ODE samples from fixed noise, the same for every method and iteration."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .data import Prompt
+from .distributed import World
+from .protocols import FlowModel
+from .randomness import Purpose, normal
+from .rewards import Panel
+from .rollout import finish_by_ode
+
+
+class Evaluation(NamedTuple):
+    """Scores of held-out images."""
+
+    means: dict[str, float]
+    """Label of each reward -> mean over scored images."""
+    scores: dict[str, Tensor]
+    """Label -> [N], prompt by prompt."""
+    images: Tensor
+    """[K, 3, H, W] the first image of the first prompts."""
+    num_images: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: FlowModel,
+    cond: Any,
+    prompts: Sequence[Prompt],
+    panel: Panel,
+    world: World,
+    *,
+    num_steps: int,
+    images_per_prompt: int,
+    batch: int,
+    keep: int = 16,
+    check: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Score ``images_per_prompt`` images of each prompt; noise depends on prompt and image number only."""
+    sigmas = model.schedule(num_steps)
+    work = [(p, i) for p in range(world.rank, len(prompts), world.size) for i in range(images_per_prompt)]
+    names: list[str] = []
+    rows, kept = [], []
+    for start in range(0, len(work), batch):
+        check()
+        part = work[start : start + batch]
+        noise = torch.stack([normal(model.latent_shape, Purpose.EVALUATION, 0, slot=p, chain=i) for p, i in part])
+        numbers = torch.tensor([p for p, _ in part])
+        images = model.decode(finish_by_ode(model, cond, noise.to(model.device), sigmas, numbers, batch)).cpu()
+        scored = panel(images, [prompts[p] for p, _ in part])
+        names = list(scored.by_reward)
+        rows.append(torch.cat([numbers[None].float(), torch.stack([scored.by_reward[n] for n in names])]))
+        kept += [image for image, (p, i) in zip(images, part, strict=True) if i == 0 and p < keep]
+    table = world.gather(torch.cat(rows, 1), 1)
+    table = table[:, table[0].argsort(stable=True)]
+    scores = dict(zip(names, table[1:], strict=True))
+    means = {name: values.nanmean().item() for name, values in scores.items()}
+    return Evaluation(means, scores, torch.stack(kept), table.shape[1])

@@ -1,0 +1,93 @@
+"""Documented, bounded options. One declaration gives the check, the error text, the CLI help and the widget.
+
+An option is a parameter of a function or a field of a dataclass, annotated with a ``Knob``, ``Choice`` or ``Text``.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+
+class Knob(NamedTuple):
+    """Limits and meaning of one number."""
+
+    low: float
+    high: float
+    tip: str
+
+    def wrong(self, value: Any, kind: type) -> str | None:
+        """What is wrong with ``value``, or None."""
+        numbers = (int,) if kind is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, numbers) or not self.low <= value <= self.high:
+            return f"({self.tip}) must be {'a whole number' if kind is int else 'a number'} in {self.low}..{self.high}"
+        return None
+
+
+class Choice(NamedTuple):
+    """Allowed values and meaning of one switch."""
+
+    allowed: tuple[Any, ...]
+    tip: str
+
+    def wrong(self, value: Any, kind: type) -> str | None:
+        """What is wrong with ``value``, or None."""
+        known = any(value == a and type(value) is type(a) for a in self.allowed)
+        return None if known else f"({self.tip}) must be one of {', '.join(map(repr, self.allowed))}"
+
+
+class Text(NamedTuple):
+    """Meaning of a free text."""
+
+    tip: str
+
+    def wrong(self, value: Any, kind: type) -> str | None:
+        """What is wrong with ``value``, or None."""
+        return None if isinstance(value, str) else f"({self.tip}) must be a text"
+
+
+class Option(NamedTuple):
+    """One option of a function or dataclass."""
+
+    kind: type
+    limits: Knob | Choice | Text
+    default: Any
+
+
+def flag(tip: str) -> Choice:
+    """A yes / no option."""
+    return Choice((False, True), tip)
+
+
+GroupSize = Annotated[int, Knob(2, 128, "images compared with each other")]
+Noise = Annotated[float, Knob(0.0, 2.0, "how much noise a stochastic step injects")]
+Fraction = Annotated[float, Knob(0.0, 1.0, "part of the noisy steps that is trained")]
+Evaluations = Annotated[int, Knob(0, 64, "Euler steps a probe may take; 0 = the whole remaining schedule")]
+KernelName = Annotated[str, Choice(("sde", "cps"), "how a noisy step looks")]
+SharedNoise = Annotated[bool, flag("start all images of a group from the same noise")]
+
+
+def options_of(owner: Callable[..., Any]) -> dict[str, Option]:
+    """Name -> option of each annotated parameter or field of ``owner``."""
+    hints = get_type_hints(owner, include_extras=True)
+    return {
+        name: Option(hints[name].__origin__, hints[name].__metadata__[0], parameter.default)
+        for name, parameter in inspect.signature(owner).parameters.items()
+        if hasattr(hints.get(name), "__metadata__")
+    }
+
+
+def check(title: str, known: Mapping[str, Option], given: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the wrong option, its value and what is allowed."""
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{title} has no option {name!r}{suggest(name, known)}; it has: {', '.join(known)}")
+        problem = known[name].limits.wrong(value, known[name].kind)
+        if problem:
+            raise ValueError(f"{title}: {name} {problem}, got {value!r}")
+
+
+def suggest(name: str, known: Mapping[str, Any]) -> str:
+    """A hint for typing errors, or nothing."""
+    close = get_close_matches(name, known, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

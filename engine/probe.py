@@ -1,0 +1,70 @@
+"""Probes: which states are finished by ODE, on which noise levels, and what their images are worth."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .data import Finals, Plan, Prompt, StepRewards
+from .protocols import FlowModel, Grid, Probe
+from .rewards import Panel, Scored
+
+
+def full(k: int, num_steps: int) -> Sequence[int]:
+    """Every remaining noise level (DenseGRPO's main setting, n = t)."""
+    return range(k, num_steps + 1)
+
+
+def at_most(num_evaluations: int) -> Grid:
+    """At most n Euler steps, evenly spread over the remaining levels (DenseGRPO's ablation, n = 1, 2)."""
+
+    def grid(k: int, num_steps: int) -> Sequence[int]:
+        n = min(num_evaluations, num_steps - k)
+        return [k + (num_steps - k) * j // n for j in range(n)] + [num_steps] if n else [num_steps]
+
+    return grid
+
+
+def terminal_state(plan: Plan) -> Tensor:
+    """Only the image of each chain itself."""
+    wanted = torch.zeros(len(plan.root), plan.rate.shape[1] + 1, dtype=torch.bool)
+    wanted[:, -1] = True
+    return wanted
+
+
+def all_states(plan: Plan) -> Tensor:
+    """Each state of each chain (DenseGRPO, arXiv 2601.20218, eq. 8-9)."""
+    return torch.ones(len(plan.root), plan.rate.shape[1] + 1, dtype=torch.bool)
+
+
+TERMINAL = Probe(terminal_state, (full,))
+
+
+def every_state(max_evaluations: int = 0) -> Probe:
+    """Finish and score every state, with at most that many evaluations each; 0 = the whole schedule."""
+    return Probe(all_states, (at_most(max_evaluations) if max_evaluations else full,))
+
+
+def score(
+    model: FlowModel,
+    finals: Finals,
+    prompts: Sequence[Prompt],
+    panel: Panel,
+    chunk: int,
+    timed: Callable[[str], object],
+) -> tuple[StepRewards, Scored, Tensor]:
+    """Decode and score each distinct final once: (rewards of states, details, images of the chains' ends).
+
+    Views are ordered grid by grid, and within a grid reward by reward.
+    """
+    parts, images = [], []
+    for latents, rows in zip(finals.latents.split(chunk), finals.prompt.split(chunk), strict=True):
+        with timed("decode"):
+            images.append(model.decode(latents).cpu())
+        with timed("reward"):
+            parts.append(panel(images[-1], [prompts[i] for i in rows.tolist()]))
+    scored = Scored.join(parts)
+    index = finals.index
+    values = scored.scores[:, index.clamp(min=0)].masked_fill(index < 0, torch.nan)
+    ends = torch.cat(images)[index[0, :, -1]]
+    return StepRewards(values.transpose(0, 1).flatten(0, 1), panel.weights.repeat(len(index))), scored, ends

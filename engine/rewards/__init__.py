@@ -1,0 +1,124 @@
+"""Rewards by name, and the panel that asks several of them safely.
+
+To add one: write a module here with a frozen dataclass that satisfies ``Reward`` and name it in ``REWARDS``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data import Prompt
+from ..knobs import Option, check, options_of, suggest
+from ..protocols import Reward, RewardBatch, RewardResult
+
+REWARDS = {
+    "brightness": ".brightness:Brightness",
+    "colourfulness": ".colourfulness:Colourfulness",
+    "jpeg": ".jpeg:Jpeg",
+    "shapes": ".shapes:Shapes",
+}
+MODES = ("each", "sum")
+"""Normalise each reward and then add (``each``), or add the scores first (``sum``)."""
+
+
+def reward_class(name: str) -> type[Any]:
+    """Import the reward's module only now, so that optional libraries stay optional."""
+    if name not in REWARDS:
+        raise ValueError(f"unknown reward {name!r}{suggest(name, REWARDS)}; known: {', '.join(sorted(REWARDS))}")
+    module, _, attribute = REWARDS[name].partition(":")
+    return getattr(import_module(module, __package__), attribute)
+
+
+def reward_options(name: str) -> dict[str, Option]:
+    """The options of a reward."""
+    return options_of(reward_class(name))
+
+
+def make_reward(name: str, **options: Any) -> Reward:
+    """The reward of that name; ValueError names what is allowed."""
+    check(f"reward {name}", reward_options(name), options)
+    return reward_class(name)(**options)
+
+
+class Scored(NamedTuple):
+    """What a panel says of N images."""
+
+    scores: Tensor
+    """[M, N] float32; NaN = no score."""
+    by_reward: Mapping[str, Tensor]
+    """Label -> [N] raw scores and sub-scores, for the record."""
+    errors: Sequence[str]
+    """One reason for each image that got no score."""
+
+    @staticmethod
+    def join(parts: Sequence["Scored"]) -> "Scored":
+        """Put chunks of images together."""
+        labels = parts[0].by_reward
+        return Scored(
+            torch.cat([p.scores for p in parts], 1),
+            {label: torch.cat([p.by_reward[label] for p in parts]) for label in labels},
+            [error for p in parts for error in p.errors],
+        )
+
+
+class Panel:
+    """Several weighted rewards. Whatever one of them does, the answer is float32, in order, and finite or NaN."""
+
+    def __init__(self, members: Sequence[tuple[str, Reward, float]], mode: str = "each"):
+        if not members:
+            raise ValueError("the list of rewards is empty; name at least one, e.g. brightness")
+        self.members = [(label, reward) for label, reward, _ in members]
+        self.member_weights = torch.tensor([float(weight) for *_, weight in members])
+        self.mode = mode
+        self.weights = self.member_weights if mode == "each" else torch.ones(1)
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Scored:
+        """[N, 3, H, W] in 0..1 -> [M, N] scores."""
+        batch = RewardBatch(images, [p.text for p in prompts], [p.metadata for p in prompts])
+        rows, by_reward, errors = [], {}, []
+        for label, reward in self.members:
+            result = ask(label, reward, batch)
+            rows.append(result.scores)
+            by_reward[label] = result.scores
+            by_reward |= {f"{label}/{name}": values for name, values in result.details.items()}
+            errors += [f"{label}: {reason}" for reason in result.errors.values()]
+        scores = torch.stack(rows)
+        if self.mode == "sum":
+            scores = (self.member_weights[:, None] * scores).sum(0, keepdim=True)
+        return Scored(scores, by_reward, errors)
+
+    def validate(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError with the first problems any reward has with these prompts."""
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        problems = [f"reward {label}: {p}" for label, r in self.members for p in r.validate(texts, metadata)]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise ValueError("; ".join(problems[:3]) + more)
+
+
+def ask(label: str, reward: Reward, batch: RewardBatch) -> RewardResult:
+    """Call one reward; an exception or an infinite score becomes NaN with a reason, never 0.
+
+    Raises RuntimeError when the reward answers with a wrong shape: that is a bug of the reward.
+    """
+    num_images = len(batch.prompts)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            result = reward(batch)
+    except Exception as problem:  # a reward is foreign code; its failure must not end a run
+        reason = f"{type(problem).__name__}: {problem}"
+        return RewardResult(torch.full((num_images,), torch.nan), {}, dict.fromkeys(range(num_images), reason))
+    scores = result.scores.detach().float().cpu()
+    if scores.shape != (num_images,):
+        raise RuntimeError(f"reward {label} returned shape {tuple(scores.shape)} for {num_images} images")
+    reasons = {i: result.errors.get(i, "the score is not a finite number") for i in unscored(scores)}
+    return RewardResult(scores.where(scores.isfinite(), torch.nan), result.details, reasons)
+
+
+def unscored(scores: Tensor) -> list[int]:
+    """Indices without a finite score."""
+    return (~scores.isfinite()).nonzero().flatten().tolist()

@@ -1,0 +1,1 @@
+"""ComfyUI nodes: translate widgets to engine calls, nothing more."""

@@ -1,0 +1,18 @@
+"""Make ``import densegrpo`` work from a bare checkout, exactly as ComfyUI would import it."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(Path(__file__).resolve().parent))  # for gaussian_flow.py and its like
+
+torch.set_num_threads(1)  # two cores, two test processes
+
+if importlib.util.find_spec("densegrpo") is None:
+    spec = importlib.util.spec_from_file_location("densegrpo", ROOT / "__init__.py")
+    package = importlib.util.module_from_spec(spec)
+    sys.modules["densegrpo"] = package
+    spec.loader.exec_module(package)
