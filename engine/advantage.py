@@ -14,8 +14,8 @@ from .knobs import Choice, Knob
 class GroupNorm:
     """(credit - group mean) / standard deviation, per view, then the weighted sum of views.
 
-    The standard deviation is sqrt(std^2 + (std_floor * pooled)^2) + std_eps, where ``pooled`` is that of all steps of the
-    group: without the floor, steps whose gains are almost pure noise are blown up to unit variance.
+    The standard deviation is sqrt(std^2 + (std_floor * pooled)^2) + std_eps, where ``pooled`` is that of all steps
+    of the group: without the floor, steps whose gains are almost pure noise are blown up to unit variance.
     """
 
     std_scope: Annotated[str, Choice(("group", "global"), "whose spread divides: the group's or all groups'")] = "group"

@@ -1,6 +1,7 @@
 """Probes: which states are finished by ODE, on which noise levels, and what their images are worth."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def score(
     prompts: Sequence[Prompt],
     panel: Panel,
     chunk: int,
-    timed: Callable[[str], object],
+    timed: Callable[[str], AbstractContextManager[None]],
 ) -> tuple[StepRewards, Scored, Tensor]:
     """Decode and score each distinct final once: (rewards of states, details, images of the chains' ends).
 

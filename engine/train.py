@@ -195,7 +195,8 @@ class Clock:
 
     def stats(self) -> Stats:
         """Seconds per part and in all."""
-        return {f"seconds_{k}": v for k, v in self.seconds.items()} | {"seconds": time.monotonic() - self.start}
+        stats: Stats = {f"seconds_{part}": value for part, value in self.seconds.items()}
+        return stats | {"seconds": time.monotonic() - self.start}
 
 
 PARTS = ("rollout", "decode", "reward", "update")

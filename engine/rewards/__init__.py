@@ -4,7 +4,6 @@ To add one: write a module here with a frozen dataclass that satisfies ``Reward`
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
 
