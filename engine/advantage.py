@@ -44,8 +44,9 @@ class GroupNorm:
             enough = known.sum(0) > 1 if self.norm_axis == "step" else known.any(1).sum() > 1
             mask[chains] = known & enough
         if self.std_scope == "global":
-            spread = self.spread(centred, valid)
-        values = centred / (spread + self.std_eps)
+            spread = self.spread(centred, mask)
+        divisor = spread + self.std_eps
+        values = centred / divisor.where(divisor > 0, 1)
         summed = torch.einsum("v,vbt->bt", rewards.weights, values)
         return Advantages(summed.masked_fill(~mask, 0).clamp(-self.advantage_clip, self.advantage_clip), mask)
 

@@ -20,6 +20,10 @@ class World(Protocol):
         """Concatenate ``rows`` of all processes in rank order; sizes may differ along ``dim``. On the CPU."""
         ...
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        ...
+
 
 class Solo:
     """One process."""
@@ -33,6 +37,9 @@ class Solo:
     def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
         """Nothing to gather."""
         return rows.cpu()
+
+    def wait(self) -> None:
+        """Nobody to wait for."""
 
 
 class Accelerated:
@@ -55,6 +62,10 @@ class Accelerated:
         parts = self.accelerator.gather(padded[None].contiguous()).cpu()
         joined = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
         return joined.movedim(0, dim)
+
+    def wait(self) -> None:
+        """Barrier."""
+        self.accelerator.wait_for_everyone()
 
 
 def join_world() -> World:

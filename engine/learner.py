@@ -91,7 +91,8 @@ class Learner:
             if self.ema is not None:
                 self.ema.load_state_dict(part("ema."))
         except RuntimeError as problem:
-            raise ValueError(f"the checkpoint belongs to another LoRA: {problem}") from None
+            first = str(problem).splitlines()[1].strip()
+            raise ValueError(f"the checkpoint belongs to another LoRA ({first}); use the run's own config") from None
         states: dict[int, dict[str, Tensor]] = {}
         for name, value in part("optimizer.").items():
             index, _, key = name.partition(".")

@@ -22,6 +22,10 @@ from .rollout import rollout
 from .update import learn
 
 
+class RewardError(RuntimeError):
+    """No image could be scored."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
     """Size and length of a run."""
@@ -67,7 +71,7 @@ def train(
     """Yield after each iteration; the caller saves, draws, reports or stops.
 
     ``cond`` is ``model.encode`` of the texts of ``prompts``. When it ends by an exception, Ctrl-C included,
-    ``learner`` is as it was after the last whole iteration. Raises RuntimeError when no image of an
+    ``learner`` is as it was after the last whole iteration. Raises RewardError when no image of an
     iteration could be scored.
     """
     world = world or Solo()
@@ -141,11 +145,11 @@ def shuffled(rewards: StepRewards, plan: Plan) -> StepRewards:
 
 
 def complain_if_unscored(world: World, rewards: StepRewards, scored: Scored, number: int) -> None:
-    """Raise RuntimeError when nothing in this iteration got a score."""
+    """Raise RewardError when nothing in this iteration got a score."""
     usable = world.sum(rewards.values.isfinite().all(0).sum())
     if int(usable) == 0:
         reason = scored.errors[0] if scored.errors else "a reward gave NaN to every image"
-        raise RuntimeError(
+        raise RewardError(
             f"iteration {number}: none of the {len(scored.scores[0])} images could be scored ({reason}); "
             "fix the reward, then resume the run"
         )

@@ -81,27 +81,29 @@ def learn(
     masks = list(recipe.update.updates(advantages.mask, traj.plan))
     parts = [batches(traj, mask, batch_size) for mask in masks]
     old = [[replay(model, cond, traj, recipe, b).detach() for b in part] for part in parts[1:]]
-    totals, norms, updates = torch.zeros(len(TOTALS), dtype=torch.float64), [], 0
+    totals, norms = torch.zeros(len(TOTALS), dtype=torch.float64), []
     for mask, part, before in zip(masks, parts, [[None] * len(parts[0]), *old], strict=True):
         count = int(world.sum(mask.sum().to(model.device)))
         if count == 0:
             continue
         for batch, old_move in zip(part, before, strict=True):
-            totals += batch_step(model, cond, traj, advantages, recipe, batch, old_move, count)
+            # Without a KL penalty one batch is enough to report it; the reference costs a forward pass.
+            with_kl = recipe.update.kl_weight > 0 or not float(totals[0])
+            totals += batch_step(model, cond, traj, advantages, recipe, batch, old_move, count, with_kl)
         for parameter in learner.lora.parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = world.sum(gradient)
         norms.append(learner.step())
-        updates += 1
     totals = world.sum(totals.to(model.device, torch.float32)).cpu()
-    num = max(float(totals[0]), 1.0)
-    stats: Stats = {name: float(value) / num for name, value in zip(TOTALS[1:], totals[1:], strict=True)}
-    stats |= {"transitions": float(totals[0]), "updates": float(updates)}
-    stats["grad_norm"] = sum(norms) / max(len(norms), 1)
-    return stats
+    sums = dict(zip(TOTALS, totals.tolist(), strict=True))
+    transitions, with_kl = sums.pop("transitions"), sums.pop("with_kl")
+    stats: Stats = {name: value / max(with_kl if name == "kl" else transitions, 1) for name, value in sums.items()}
+    mean_norm = sum(norms) / max(len(norms), 1)
+    return stats | {"transitions": transitions, "updates": float(len(norms)), "grad_norm": mean_norm}
 
 
-TOTALS = ("transitions", "loss", "policy_loss", "kl", "ratio", "clip_fraction", "sampling_gap")
+TOTALS = ("transitions", "loss", "policy_loss", "with_kl", "kl", "ratio", "clip_fraction", "sampling_gap")
+"""Sums over transitions that ``batch_step`` returns."""
 
 
 def batch_step(
@@ -113,6 +115,7 @@ def batch_step(
     batch: Batch,
     old: Move | None,
     count: int,
+    with_kl: bool,
 ) -> Tensor:
     """Accumulate the gradient of one batch; returns sums over its transitions, see ``TOTALS``."""
     steps = batch.state_step[batch.state]
@@ -126,7 +129,7 @@ def batch_step(
         advantage = advantages.values[batch.chain, steps].to(device) * weight
         policy_loss = recipe.update.policy_loss(ratio, advantage)
         kl = torch.zeros_like(policy_loss)
-        if recipe.update.kl_weight > 0:
+        if with_kl:
             with torch.no_grad(), model.lora.disabled():
                 reference = replay(model, cond, traj, recipe, batch)
             step_size = traj.sigmas[steps.to(device)] - traj.sigmas[steps.to(device) + 1]
@@ -138,6 +141,7 @@ def batch_step(
         torch.ones_like(loss),
         loss,
         policy_loss,
+        torch.full_like(loss, float(with_kl)),
         kl,
         ratio,
         recipe.update.is_clipped(ratio, advantage).float(),

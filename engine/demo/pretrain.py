@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..models.mmdit import MMDiT
 from . import codec, text
-from .scenes import SceneSampler, all_prompts, cell_table, is_held_out
+from .scenes import SceneSampler, all_prompts, cell_table, is_held_out, prompt_lists
 
 TAG_WEIGHTS = {
     "single_object": 0.04,
@@ -72,7 +72,16 @@ def pretrain(out: Path, minutes: float, depth: int = 2, seed: int = 0) -> None:
         if step % 2500 == 0:
             save(out, ema.module, book, tables)
     save(out, ema.module, book, tables)
+    save_prompts(out)
     (out / "pretrain.json").write_text(json.dumps({"minutes": minutes, "steps": step, "batch": BATCH, "loss": running}))
+
+
+def save_prompts(out: Path) -> None:
+    """Write the prompt lists of reinforcement learning."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, entries in zip(("train", "held_out"), prompt_lists(), strict=True):
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def save(out: Path, model: torch.nn.Module, book: dict, tables: dict) -> None:

@@ -78,6 +78,23 @@ def is_held_out(entry: Record) -> bool:
     return hashlib.sha256(entry["prompt"].encode()).digest()[0] % 5 == 0
 
 
+def prompt_lists() -> tuple[list[Record], list[Record]]:
+    """(training, held-out) prompts of reinforcement learning: all tags with a colour, relations thinned."""
+    held_out = [e for e in all_prompts() if is_held_out(e)]
+    seen = [e for e in all_prompts() if not is_held_out(e) and any("color" in c for c in e["include"])]
+    return thinned(seen, {"color_attr": 60, "position": 80}), thinned(held_out, {"color_attr": 32, "position": 80})
+
+
+def thinned(entries: Sequence[Record], most: dict[str, int]) -> list[Record]:
+    """At most ``most[tag]`` prompts of a tag, evenly spread over the list."""
+    kept = []
+    for tag in dict.fromkeys(e["tag"] for e in entries):
+        same = [e for e in entries if e["tag"] == tag]
+        count = min(len(same), most.get(tag, len(same)))
+        kept += [same[i * len(same) // count] for i in range(count)]
+    return kept
+
+
 def layouts(entry: Record) -> list[tuple[int, ...]]:
     """All ways to fill the four cells: 0 empty, 1 the first clause's shape, 2 the second's."""
     include = entry["include"]

@@ -1,0 +1,144 @@
+"""The configuration of a run: one JSON object, every key known, every value checked before anything is loaded."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from .knobs import Choice, Knob, Option, check, options_of, suggest
+from .learner import OptimizerSettings
+from .lora import LoraSettings
+from .models import model_options
+from .recipes import recipe_options
+from .rewards import MODES, reward_options
+from .train import TrainSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSettings:
+    """How progress on held-out prompts is measured; ``rewards`` here are never trained on."""
+
+    every: Annotated[int, Knob(0, 1_000_000, "iterations between evaluations; 0 = only before and after")] = 0
+    images_per_prompt: Annotated[int, Knob(1, 1024, "images of each held-out prompt")] = 4
+    num_steps: Annotated[int, Knob(1, 200, "ODE steps of each evaluation image")] = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavingSettings:
+    """What is kept while training."""
+
+    every: Annotated[int, Knob(1, 1_000_000, "iterations between checkpoints")] = 20
+    keep: Annotated[int, Knob(1, 10_000, "newest checkpoints that are kept")] = 3
+
+
+Named = Mapping[str, Any]
+"""``name`` and that thing's own options."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that determines a run."""
+
+    name: str
+    """Also the name of its folder."""
+    model: Named
+    method: Named
+    rewards: tuple[Named, ...]
+    """Each with an optional ``weight``; their sum is what is trained on."""
+    prompts: Any
+    """A file, a built-in list such as ``demo:train``, or a list of texts."""
+    held_out_prompts: Any = None
+    """Likewise; none means no evaluation."""
+    held_out_rewards: tuple[Named, ...] = ()
+    """Scored in evaluations, never trained on."""
+    reward_mode: str = "each"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    training: TrainSettings = field(default_factory=TrainSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    saving: SavingSettings = field(default_factory=SavingSettings)
+
+    def to_json(self) -> str:
+        """The text of ``config.json``."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+SECTIONS = {
+    "lora": LoraSettings,
+    "optimizer": OptimizerSettings,
+    "training": TrainSettings,
+    "evaluation": EvaluationSettings,
+    "saving": SavingSettings,
+}
+WEIGHT = Option(float, Knob(-1000.0, 1000.0, "weight in the sum; negative punishes"), 1.0)
+REWARD_MODE = Option(str, Choice(MODES, "normalise each reward and add, or add the scores first"), "each")
+FORBIDDEN = set('<>:"/\\|?*')
+
+
+def read_config(path: Path) -> RunConfig:
+    """The configuration in a file. Raises ValueError that says what is wrong and what is allowed."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"configuration {path} does not exist; `densegrpo recipes` shows what one can hold") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        raise ValueError(f"configuration {path} is not JSON: {problem}") from None
+    return make_config(data)
+
+
+def make_config(data: Any) -> RunConfig:
+    """A checked configuration from plain JSON data."""
+    if not isinstance(data, dict):
+        raise ValueError(f"a configuration must be a JSON object, got {type(data).__name__}")
+    known = RunConfig.__dataclass_fields__
+    for key in data:
+        if key not in known:
+            raise ValueError(f"the configuration has no key {key!r}{suggest(key, known)}; it has: {', '.join(known)}")
+    missing = [key for key in ("name", "model", "method", "rewards", "prompts") if key not in data]
+    if missing:
+        raise ValueError(f"the configuration lacks {', '.join(missing)}")
+    values = dict(data)
+    values["name"] = check_name(data["name"])
+    values["model"] = named("model", data["model"], model_options)
+    values["method"] = named("method", data["method"], recipe_options)
+    for key in ("rewards", "held_out_rewards"):
+        if not isinstance(data.get(key, []), list):
+            raise ValueError(f'{key} must be a list such as [{{"name": "brightness"}}], got {data[key]!r}')
+        values[key] = tuple(check_reward(key, entry) for entry in data.get(key, []))
+    if not values["rewards"]:
+        raise ValueError('rewards must name at least one reward, e.g. [{"name": "brightness"}]')
+    check("configuration", {"reward_mode": REWARD_MODE}, {"reward_mode": data.get("reward_mode", "each")})
+    for key, section in SECTIONS.items():
+        given = data.get(key, {})
+        if not isinstance(given, dict):
+            raise ValueError(f"{key} must be an object, got {given!r}")
+        check(key, options_of(section), given)
+        values[key] = section(**given)
+    return RunConfig(**values)
+
+
+def named(title: str, entry: Any, options: Any, extra: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Check ``{"name": ..., **options}``; keys in ``extra`` are allowed beside the options."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ValueError(f'{title} must be an object with a "name", got {entry!r}')
+    known = options(entry["name"])
+    check(f"{title} {entry['name']}", known, {k: v for k, v in entry.items() if k not in ("name", *extra)})
+    return dict(entry)
+
+
+def check_reward(title: str, entry: Any) -> dict[str, Any]:
+    """Check one reward and its weight."""
+    checked = named(title, entry, reward_options, ("weight",))
+    check(f"{title} {checked['name']}", {"weight": WEIGHT}, {"weight": checked.get("weight", 1.0)})
+    return checked
+
+
+def check_name(name: Any) -> str:
+    """A run name that is a plain folder name on every system."""
+    plain = isinstance(name, str) and name.strip() == name and name not in ("", ".", "..")
+    if not plain or FORBIDDEN & set(name) or any(ord(c) < 32 for c in name) or len(name) > 100 or name.endswith("."):
+        raise ValueError(
+            f"name {name!r} must be a folder name: 1 to 100 characters, none of {' '.join(sorted(FORBIDDEN))}"
+        )
+    return name

@@ -1,0 +1,61 @@
+"""Prompt lists: one prompt per line (.txt), or one JSON object per line with ``prompt`` and metadata (.jsonl)."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .data import Prompt
+
+DEMO_FILES = Path(__file__).resolve().parent / "demo"
+BUILT_IN = {"demo:train": DEMO_FILES / "train.jsonl", "demo:held_out": DEMO_FILES / "held_out.jsonl"}
+
+
+def load_prompts(source: str | Sequence[str], folder: Path) -> list[Prompt]:
+    """Prompts from a list, a built-in list or a file (relative to ``folder``).
+
+    Raises ValueError naming file and line of the first problem.
+    """
+    if not isinstance(source, str):
+        return checked([Prompt(text, {}) for text in source], "the list of prompts")
+    path = BUILT_IN.get(source, folder / source)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(
+            f"prompt file {path} does not exist; give a .txt or .jsonl file, a list of prompts, "
+            f"or one of {', '.join(BUILT_IN)}"
+        ) from None
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"prompt file {path} is not UTF-8 text ({problem}); save it as UTF-8") from None
+    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        return checked([parse(line, f"{path}, line {n}") for n, line in lines], f"prompt file {path}")
+    if path.suffix == ".txt":
+        return checked([Prompt(line, {}) for _, line in lines], f"prompt file {path}")
+    raise ValueError(f"prompt file {path} must end in .txt or .jsonl")
+
+
+def parse(line: str, place: str) -> Prompt:
+    """One line of a .jsonl file."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"{place}: not JSON ({problem.msg}); write one object per line") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f'{place}: needs an object with a text "prompt", got {line[:60]}')
+    return Prompt(entry["prompt"].strip(), {k: v for k, v in entry.items() if k != "prompt"})
+
+
+def checked(prompts: list[Prompt], title: str) -> list[Prompt]:
+    """The same prompts. Raises ValueError when there are none or one is empty."""
+    if not prompts:
+        raise ValueError(f"{title} has no prompts; add at least one line")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.text.strip():
+            raise ValueError(f"{title}: prompt {number} is empty; remove it or write one")
+    return prompts
+
+
+def dump(prompts: Iterable[Prompt]) -> str:
+    """The .jsonl text of a prompt list."""
+    return "".join(json.dumps({"prompt": p.text, **p.metadata}) + "\n" for p in prompts)

@@ -1,0 +1,141 @@
+"""``report.html``: curves and pictures of a run in one self-contained file."""
+
+import base64
+import html
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import write_text
+from .run import Run
+from .train import PARTS
+
+STYLE = """body { font: 15px system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222 }
+img { max-width: 100%; vertical-align: top }
+figure { display: inline-block; width: 48%; min-width: 320px; margin: 0.5% }
+table { border-collapse: collapse } td, th { padding: 0.2em 0.8em; text-align: left; border-bottom: 1px solid #ddd }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto }"""
+
+
+def write_report(run: Run) -> None:
+    """Draw the report of what ``metrics.jsonl`` holds so far. Raises ValueError when it holds nothing."""
+    rows = run.metrics()
+    if not rows:
+        raise ValueError(f"{run.folder} has no metrics yet; train at least one iteration first")
+    training = [row for row in rows if "reward" in row]
+    evaluations = [row for row in rows if "evaluation" in row]
+    figures = []
+    if training:
+        figures += [figure(title, draw, training) for title, draw in CURVES]
+    if evaluations:
+        figures.insert(0, figure("Held-out rewards", held_out_curve, evaluations))
+    samples = [run.folder / "samples" / f"{name}.png" for name in ("before", "after")]
+    pictures = [picture(path.stem, path.read_bytes()) for path in samples if path.exists()]
+    body = [
+        f"<h1>{html.escape(run.config.name)}</h1>",
+        f"<p>{html.escape(str(run.config.method['name']))} on {html.escape(str(run.config.model['name']))}, "
+        f"{len(training)} iterations</p>",
+        table(evaluations),
+        *pictures,
+        *figures,
+        "<h2>Configuration</h2><pre>" + html.escape(run.config.to_json()) + "</pre>",
+    ]
+    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(run.config.name)}</title><style>{STYLE}</style>"
+    write_text(run.folder / "report.html", page + "\n".join(body))
+
+
+def table(evaluations: Sequence[dict[str, Any]]) -> str:
+    """First and last evaluation side by side."""
+    if not evaluations:
+        return ""
+    first, last = evaluations[0], evaluations[-1]
+    lines = [
+        f"<tr><td>{html.escape(name)}</td><td>{first['evaluation'][name]:.3f}</td><td>{value:.3f}</td></tr>"
+        for name, value in last["evaluation"].items()
+    ]
+    head = f"<tr><th>held-out mean of {last['evaluation_images']} images</th><th>before</th><th>after</th></tr>"
+    return f"<table>{head}{''.join(lines)}</table>"
+
+
+def picture(title: str, png: bytes) -> str:
+    """An embedded image with its caption."""
+    data = base64.b64encode(png).decode()
+    return f'<figure><figcaption>{html.escape(title)}</figcaption><img src="data:image/png;base64,{data}"></figure>'
+
+
+def figure(title: str, draw: Callable[[Any, Sequence[dict[str, Any]]], None], rows: Sequence[dict[str, Any]]) -> str:
+    """One embedded plot."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RuntimeError("the report needs matplotlib; install it with `pip install densegrpo[cli]`") from None
+    drawing = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = drawing.subplots()
+    axes.set_xlabel("iteration")
+    draw(axes, rows)
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=110)
+    return picture(title, buffer.getvalue())
+
+
+def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    """One number per row."""
+    return np.array([row[name] for row in rows], dtype=float)
+
+
+def held_out_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Mean of each reward at each evaluation."""
+    for name in rows[-1]["evaluation"]:
+        axes.plot(column(rows, "iteration"), [row["evaluation"][name] for row in rows], "o-", label=name)
+    axes.legend()
+
+
+def reward_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Mean training reward with the spread of its images."""
+    x, mean, spread = column(rows, "iteration"), column(rows, "reward"), column(rows, "reward_std")
+    axes.plot(x, mean)
+    axes.fill_between(x, mean - spread, mean + spread, alpha=0.2)
+
+
+def credit_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Mean and spread of each step's credit, over the whole run."""
+    steps = np.arange(len(rows[0]["step_credit"]))
+    quarter = max(1, len(rows) // 4)
+    for name, part in (("first quarter", rows[:quarter]), ("last quarter", rows[-quarter:])):
+        mean = np.mean([row["step_credit"] for row in part], 0)
+        spread = np.mean([row["step_credit_std"] for row in part], 0)
+        axes.errorbar(steps, mean, spread, fmt="o-", capsize=3, alpha=0.8, label=name)
+    axes.legend()
+    axes.set_xlabel("denoising step")
+
+
+def one(*names: str) -> Callable[[Any, Sequence[dict[str, Any]]], None]:
+    """A plot of some columns."""
+
+    def draw(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+        for name in names:
+            axes.plot(column(rows, "iteration"), column(rows, name), label=name)
+        if len(names) > 1:
+            axes.legend()
+
+    return draw
+
+
+def time_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Where the seconds of an iteration go."""
+    axes.stackplot(column(rows, "iteration"), *(column(rows, f"seconds_{part}") for part in PARTS), labels=PARTS)
+    axes.legend()
+
+
+CURVES = (
+    ("Reward of training images, with spread", reward_curve),
+    ("Credit per denoising step (for DenseGRPO the reward gain)", credit_curve),
+    ("KL to the untrained model", one("kl")),
+    ("Fraction of clipped transitions", one("clip_fraction")),
+    ("Gradient norm", one("grad_norm")),
+    ("Spread of rewards inside groups", one("group_std")),
+    ("Seconds per iteration", time_curve),
+)

@@ -1,0 +1,250 @@
+"""A run on disk: ``<out>/<name>/`` with config, prompts, metrics, samples, checkpoints, LoRA and report."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import SaveError, checkpoints, load_checkpoint, save_checkpoint, write_text
+from .config import RunConfig, make_config
+from .data import Prompt
+from .distributed import Solo, World
+from .evaluate import Evaluation, evaluate
+from .learner import Learner
+from .lora import export
+from .models import load_model
+from .pictures import grid
+from .prompts import dump, load_prompts
+from .protocols import FlowModel
+from .recipes import make_recipe
+from .rewards import Panel, make_reward
+from .train import Iteration, train
+
+HELD_OUT = "held-out/"
+"""Prefix of rewards that are only evaluated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The folder of one run and what it was started with."""
+
+    folder: Path
+    config: RunConfig
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+
+    @staticmethod
+    def create(config: RunConfig, out: Path, base: Path) -> "Run":
+        """A new run in ``out``; prompt files are read relative to ``base`` and copied into the run.
+
+        Raises ValueError when the folder exists, or a prompt list does not suit a reward.
+        """
+        folder = out / config.name
+        if folder.exists():
+            raise ValueError(
+                f"run folder {folder} exists; continue it with `densegrpo resume {folder}` or choose another name"
+            )
+        prompts = load_prompts(config.prompts, base)
+        held_out = load_prompts(config.held_out_prompts, base) if config.held_out_prompts else []
+        training_panel(config).validate(prompts)
+        if held_out:
+            evaluation_panel(config).validate(held_out)
+        folder.mkdir(parents=True)
+        write_text(folder / "prompts.jsonl", dump(prompts))
+        if held_out:
+            write_text(folder / "held_out.jsonl", dump(held_out))
+        write_text(folder / "config.json", config.to_json())
+        return Run(folder, config, prompts, held_out)
+
+    @staticmethod
+    def open(folder: Path) -> "Run":
+        """An existing run, with the prompts it was started with. Raises ValueError when it is not one."""
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} is not a run: it has no config.json; give a folder such as runs/demo")
+        try:
+            data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as problem:
+            raise ValueError(f"{folder / 'config.json'} is damaged: {problem}") from None
+        held_out = folder / "held_out.jsonl"
+        prompts = load_prompts("prompts.jsonl", folder)
+        return Run(folder, make_config(data), prompts, load_prompts(held_out.name, folder) if held_out.exists() else [])
+
+    def with_iterations(self, iterations: int) -> "Run":
+        """The same run, longer or shorter; recorded in its config."""
+        config = replace(self.config, training=replace(self.config.training, iterations=iterations))
+        write_text(self.folder / "config.json", config.to_json())
+        return replace(self, config=config)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of ``metrics.jsonl``; a line cut off by a crash is left out."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+@dataclass(slots=True)
+class Progress:
+    """What ``execute`` yields: an iteration, an evaluation, or both."""
+
+    number: int
+    total: int
+    iteration: Iteration | None = None
+    evaluation: Evaluation | None = None
+
+
+def training_panel(config: RunConfig) -> Panel:
+    """The rewards that are trained on."""
+    return Panel([member(entry, "") for entry in config.rewards], config.reward_mode)
+
+
+def evaluation_panel(config: RunConfig) -> Panel:
+    """The rewards that evaluations score: the trained ones and the held-out ones."""
+    members = [member(entry, "") for entry in config.rewards]
+    return Panel([*members, *(member(entry, HELD_OUT) for entry in config.held_out_rewards)])
+
+
+def member(entry: Any, prefix: str) -> Any:
+    """(label, reward, weight) of one configured reward; the label tells equal rewards with other options apart."""
+    options = {k: v for k, v in entry.items() if k not in ("name", "weight")}
+    label = prefix + " ".join([entry["name"], *(str(v) for v in options.values())])
+    return label, make_reward(entry["name"], **options), float(entry.get("weight", 1.0))
+
+
+def trained_score(evaluation: Evaluation, config: RunConfig) -> float:
+    """The weighted sum of the trained rewards of an evaluation."""
+    members = [member(entry, "") for entry in config.rewards]
+    return sum(weight * evaluation.means[label] for label, _, weight in members)
+
+
+class Session:
+    """One process working on a run, from its start or from its newest checkpoint.
+
+    Raises ValueError when there is nothing to resume from.
+    """
+
+    def __init__(self, run: Run, world: World | None = None, *, resume: bool = False, model: FlowModel | None = None):
+        self.run, self.world = run, world or Solo()
+        config = run.config
+        seed = config.training.seed
+        options = {k: v for k, v in config.model.items() if k != "name"}
+        self.model = model or load_model(config.model["name"], config.lora, seed, **options)
+        self.recipe = make_recipe(**config.method)
+        self.learner = Learner(self.model.lora, config.optimizer)
+        self.panel, self.evaluation_panel = training_panel(config), evaluation_panel(config)
+        self.cond = self.model.encode([p.text for p in run.prompts])
+        self.held_out_cond = self.model.encode([p.text for p in run.held_out]) if run.held_out else None
+        self.writes = self.world.rank == 0
+        if resume:
+            self.learner.load_state(load_checkpoint(run.folder / "checkpoints"))
+
+    def execute(self) -> Iterator[Progress]:
+        """Train to the end, saving on the way and when it ends early, by Ctrl-C or anything else.
+
+        Raises what ended it; what was learnt until the last whole iteration is in the newest checkpoint.
+        """
+        self.clean_up()
+        total = self.run.config.training.iterations
+        try:
+            if self.learner.iteration == 0:
+                yield self.record(Progress(0, total, None, self.evaluate("before")))
+            yield from self.iterations()
+        except BaseException:
+            self.save()
+            raise
+        self.save()
+        if self.writes:
+            from .report import write_report
+
+            write_report(self.run)
+
+    def iterations(self) -> Iterator[Progress]:
+        """The training iterations with evaluations and checkpoints in between."""
+        config, total = self.run.config, self.run.config.training.iterations
+        loop = train(
+            self.model,
+            self.cond,
+            self.run.prompts,
+            self.panel,
+            self.recipe,
+            self.learner,
+            config.training,
+            self.world,
+        )
+        for iteration in loop:
+            number = iteration.number
+            due = config.evaluation.every and number % config.evaluation.every == 0
+            name = "after" if number == total else f"step_{number:06d}"
+            evaluation = self.evaluate(name) if number == total or due else None
+            progress = self.record(Progress(number, total, iteration, evaluation))
+            if number % config.saving.every == 0:
+                self.save()
+            yield progress
+
+    def evaluate(self, name: str) -> Evaluation | None:
+        """Score held-out images with the averaged weights and keep a grid of them."""
+        if self.held_out_cond is None:
+            return None
+        settings = self.run.config.evaluation
+        with self.learner.averaged():
+            result = evaluate(
+                self.model,
+                self.held_out_cond,
+                self.run.held_out,
+                self.evaluation_panel,
+                self.world,
+                num_steps=settings.num_steps,
+                images_per_prompt=settings.images_per_prompt,
+                batch=self.run.config.training.sample_batch,
+            )
+        if self.writes:
+            (self.run.folder / "samples").mkdir(exist_ok=True)
+            texts = [p.text for p in self.run.held_out[: len(result.images)]]
+            grid(result.images, texts, columns=4).save(self.run.folder / "samples" / f"{name}.png")
+        return result
+
+    def record(self, progress: Progress) -> Progress:
+        """Append one line to ``metrics.jsonl``."""
+        row: dict[str, Any] = {"iteration": progress.number}
+        if progress.iteration:
+            row |= progress.iteration.stats
+        if progress.evaluation:
+            row["evaluation"] = progress.evaluation.means
+            row["evaluation_reward"] = trained_score(progress.evaluation, self.run.config)
+            row["evaluation_images"] = progress.evaluation.num_images
+        if self.writes:
+            path = self.run.folder / "metrics.jsonl"
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as problem:
+                raise SaveError(f"could not write {path}: {problem}; free some space, then resume the run") from problem
+        return progress
+
+    def save(self) -> None:
+        """Checkpoint the state after the last whole iteration and export the LoRA."""
+        if not self.writes:
+            return
+        config, number = self.run.config, self.learner.iteration
+        save_checkpoint(self.run.folder / "checkpoints", number, self.learner.state(), config.saving.keep)
+        metadata = {
+            "format": "pt",
+            "densegrpo.run": config.name,
+            "densegrpo.method": config.method["name"],
+            "densegrpo.model": json.dumps(config.model),
+            "densegrpo.iterations": str(number),
+        }
+        with self.learner.averaged() as lora:
+            export(lora, self.run.folder / "lora.safetensors", self.model.lora_prefix, metadata)
+
+    def clean_up(self) -> None:
+        """Drop what a crash left behind: half-written checkpoints and metrics after the last one."""
+        if not self.writes:
+            return
+        for leftover in (self.run.folder / "checkpoints").glob(".step_*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        rows = [row for row in self.run.metrics() if row["iteration"] <= self.learner.iteration]
+        if not checkpoints(self.run.folder / "checkpoints"):
+            rows = []
+        write_text(self.run.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,66 @@
+"""What a person at a terminal sees of a run."""
+
+import sys
+
+import torch
+from tqdm import tqdm
+
+from .distributed import World
+from .run import Progress, Run, Session
+
+
+def watch(run: Run, world: World, resume: bool) -> int:
+    """Train ``run`` with a progress bar; returns the exit status.
+
+    Ctrl-C saves and says how to go on; so does running out of memory, with what to lower.
+    """
+    quiet = world.rank != 0
+    session = Session(run, world, resume=resume)
+    total = run.config.training.iterations
+    bar = tqdm(total=total, disable=quiet, unit="iteration", desc=run.config.name, dynamic_ncols=True)
+    try:
+        for progress in session.execute():
+            bar.update(progress.number - bar.n)
+            bar.set_postfix_str(postfix(progress))
+    except (KeyboardInterrupt, torch.OutOfMemoryError) as reason:
+        bar.close()
+        if not quiet:
+            print(stopped(run, session, reason), file=sys.stderr)
+        return 130 if isinstance(reason, KeyboardInterrupt) else 1
+    finally:
+        bar.close()
+    if not quiet:
+        print(f"run folder: {run.folder}   LoRA: lora.safetensors   report: report.html")
+        summary(run)
+    return 0
+
+
+def postfix(progress: Progress) -> str:
+    """The numbers beside the bar."""
+    parts = []
+    if progress.iteration:
+        parts.append(f"reward {progress.iteration.stats['reward']:.3f}")
+    if progress.evaluation:
+        parts.append("held-out " + ", ".join(f"{k} {v:.3f}" for k, v in progress.evaluation.means.items()))
+    return ", ".join(parts)
+
+
+def stopped(run: Run, session: Session, reason: BaseException) -> str:
+    """What was saved and what to do next."""
+    saved = f"saved after iteration {session.learner.iteration}; continue with: densegrpo resume {run.folder}"
+    if isinstance(reason, KeyboardInterrupt):
+        return f"stopped; {saved}"
+    settings = run.config.training
+    return (
+        f"out of memory with training.train_batch = {settings.train_batch} and training.sample_batch = "
+        f"{settings.sample_batch}; lower the first, then the second, in {run.folder / 'config.json'}; {saved}"
+    )
+
+
+def summary(run: Run) -> None:
+    """The closing line: held-out reward before and after."""
+    rows = [row for row in run.metrics() if "evaluation_reward" in row]
+    if rows:
+        base, trained = rows[0]["evaluation_reward"], rows[-1]["evaluation_reward"]
+        images = rows[-1]["evaluation_images"]
+        print(f"held-out reward: base {base:.3f} -> trained {trained:.3f} ({images} images)")

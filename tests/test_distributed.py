@@ -1,0 +1,70 @@
+"""The same run on one and on two processes, started as a user would start it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from densegrpo.engine import cli
+from safetensors.torch import load_file
+
+CONFIG = {
+    "name": "shared",
+    "model": {"name": "demo"},
+    "method": {"name": "dense_grpo", "group_size": 4, "kl_weight": 0.01},
+    "rewards": [{"name": "brightness", "target": 0.0}],
+    "prompts": ["a red circle", "two blue squares", "a green triangle"],
+    "held_out_prompts": ["a black circle", "a blue circle", "a red square"],
+    "lora": {"rank": 2, "alpha": 4.0},
+    "optimizer": {"lr": 1e-3, "ema_every": 1},
+    "training": {"iterations": 3, "groups": 3, "num_steps": 4},
+    "evaluation": {"images_per_prompt": 2, "num_steps": 3},
+}
+
+
+def launch(processes, *arguments):
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes),
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "-m", "densegrpo.engine.cli", *map(str, arguments),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def numbers(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["group", "global"])
+def test_two_processes_learn_what_one_learns(tmp_path, scope):
+    """Three groups on two processes: unequal shares on purpose."""
+    path = tmp_path / "shared.json"
+    path.write_text(json.dumps(CONFIG | {"method": CONFIG["method"] | {"std_scope": scope}}))
+    assert cli.main(["train", str(path), "--out", str(tmp_path / "one")]) == 0
+    launch(2, "train", path, "--out", tmp_path / "two")
+    one, two = tmp_path / "one" / "shared", tmp_path / "two" / "shared"
+    for a, b in zip(numbers(one), numbers(two), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert b[name] == pytest.approx(a[name], abs=1e-5), name
+    mine, theirs = load_file(one / "lora.safetensors"), load_file(two / "lora.safetensors")
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_run_started_on_two_processes_resumes_on_one(tmp_path):
+    path = tmp_path / "shared.json"
+    path.write_text(json.dumps(CONFIG | {"training": CONFIG["training"] | {"iterations": 1}}))
+    launch(2, "train", path, "--out", tmp_path / "two")
+    launch(1, "resume", tmp_path / "two" / "shared", "--iterations", 3)
+    path.write_text(json.dumps(CONFIG))
+    assert cli.main(["train", str(path), "--out", str(tmp_path / "one")]) == 0
+    last = [numbers(tmp_path / folder / "shared")[-1] for folder in ("one", "two")]
+    assert last[1]["reward"] == pytest.approx(last[0]["reward"], abs=1e-5)
+    assert last[1]["evaluation_reward"] == pytest.approx(last[0]["evaluation_reward"], abs=1e-5)
