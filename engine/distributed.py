@@ -1,5 +1,6 @@
 """The processes that share a run: whole groups each, gradients added, statistics gathered."""
 
+import os
 from typing import Any, Protocol
 
 import torch
@@ -69,9 +70,17 @@ class Accelerated:
 
 
 def join_world() -> World:
-    """The processes around this one; one process without ``accelerate launch``."""
+    """The processes around this one; one process without a launcher.
+
+    Raises ValueError when ``accelerate launch`` was asked for several CPU processes but started only one.
+    """
     if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+        if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+            raise ValueError(
+                "accelerate launch --cpu started one process only (several need MPI); use `accelerate launch "
+                "--multi_gpu --num_processes 2 -m densegrpo.engine.cli ...`, which works on CPUs too"
+            )
         return Solo()
     from accelerate import Accelerator
 
-    return Accelerated(Accelerator())
+    return Accelerated(Accelerator(cpu=not torch.cuda.is_available()))

@@ -91,6 +91,7 @@ def train(
             stats = learn(model, cond, traj, advantages, recipe, learner, world, settings.train_batch)
             learner.iteration += 1
         stats = reward_stats(rewards, credit, advantages, plan, world) | stats | clock.stats()
+        stats["processes"] = float(world.size)
         texts = [prompts[i].text for i in plan.prompt.tolist()]
         yield Iteration(learner.iteration, stats, images, texts, rewards, scored.errors)
 
