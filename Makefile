@@ -29,4 +29,4 @@ bench: .venv/installed
 
 # About an hour on one core; writes the files of the shipped demo model.
 demo-model: .venv/installed
-	$(BIN)/python -m densegrpo.engine.demo.pretrain engine/demo --minutes 60
+	$(BIN)/python -m densegrpo.engine.demo.pretrain engine/demo --minutes 62

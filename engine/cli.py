@@ -3,17 +3,20 @@
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from .checkpoint import SaveError
-from .config import RunConfig, make_config, read_config
-from .knobs import Choice, Knob, Option
+from .config import SECTIONS, RunConfig, make_config, read_config
+from .knobs import Choice, Knob, Option, options_of
+from .models import MODELS, model_options, model_settings
 from .recipes import RECIPES, recipe_options
+from .rewards import REWARDS, reward_class, reward_options
 from .train import RewardError
 
 DEMO_CONFIG = Path(__file__).resolve().parent / "demo" / "demo.json"
@@ -50,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     resume.add_argument("run", type=Path, help="the run's folder, e.g. runs/demo")
     report = add("report", report_command, "draw report.html of a run again")
     report.add_argument("run", type=Path, help="the run's folder, e.g. runs/demo")
-    add("recipes", recipes_command, "list the methods with their options and defaults")
+    add("recipes", recipes_command, "list methods, rewards and models with their options and defaults")
     for sub in (train, demo):
         sub.add_argument("--out", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     for sub in (train, demo, resume):
@@ -99,13 +102,34 @@ def report_command(options: argparse.Namespace) -> int:
 
 
 def recipes_command(options: argparse.Namespace) -> int:
-    """``densegrpo recipes``."""
+    """``densegrpo recipes``: everything a configuration can hold."""
+    print('Methods, for "method": {"name": ...}\n')
     for name, recipe in RECIPES.items():
-        print(f"{name}: {(recipe.__doc__ or '').strip().splitlines()[0]}")
-        for key, option in recipe_options(name).items():
-            print(f"    {key} = {json.dumps(option.default)}    {describe(option)}")
-        print()
+        show(f"{name}: {first_line(recipe)}", recipe_options(name))
+    print('Rewards, for "rewards": [{"name": ..., "weight": 1.0}]\n')
+    for name in REWARDS:
+        show(f"{name}: {first_line(reward_class(name))}", reward_options(name))
+    print('Models, for "model": {"name": ...}\n')
+    for name in MODELS:
+        show(f"{name}: {first_line(model_settings(name))}", model_options(name))
+    print("Other sections of a configuration\n")
+    for name, section in SECTIONS.items():
+        show(f'"{name}": {first_line(section)}', options_of(section))
     return 0
+
+
+def first_line(thing: object) -> str:
+    """Of its docstring."""
+    return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def show(title: str, known: Mapping[str, Option]) -> None:
+    """A heading and one line per option."""
+    print(title)
+    for key, option in known.items():
+        default = "required" if option.default is inspect.Parameter.empty else json.dumps(option.default)
+        print(f"    {key} = {default}    {describe(option)}")
+    print()
 
 
 def describe(option: Option) -> str:

@@ -22,7 +22,7 @@ from .kernels import CPS, EULER_MARUYAMA
 from .knobs import Evaluations, GroupSize, KernelName, Noise, Option, SharedNoise, check, options_of, suggest
 from .loss import PolicyUpdate, uniform
 from .probe import TERMINAL, every_state
-from .protocols import Credit, Explore, Kernel, Probe, StepWeight
+from .protocols import Credit, Explore, Kernel, Probe, Rate, StepWeight
 from .schedule import constant_rate, flow_rate
 
 
@@ -75,8 +75,13 @@ def dense_grpo(
 KERNELS = {"sde": EULER_MARUYAMA, "cps": CPS}
 
 
-def rates(kernel: str, noise: float) -> Any:
-    """The rate table that belongs to a kernel: Flow-GRPO's for the SDE, a constant share for CPS."""
+def rates(kernel: str, noise: float) -> Rate:
+    """The rate table that belongs to a kernel: Flow-GRPO's for the SDE, a constant share for CPS.
+
+    Raises ValueError when CPS is asked for more than all of the noise.
+    """
+    if kernel == "cps" and noise > 1:
+        raise ValueError(f"noise is the share of fresh noise with kernel cps and must be in 0..1, got {noise}")
     return flow_rate(noise) if kernel == "sde" else constant_rate(noise)
 
 

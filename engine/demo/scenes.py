@@ -80,9 +80,10 @@ def is_held_out(entry: Record) -> bool:
 
 def prompt_lists() -> tuple[list[Record], list[Record]]:
     """(training, held-out) prompts of reinforcement learning: all tags with a colour, relations thinned."""
-    held_out = [e for e in all_prompts() if is_held_out(e)]
-    seen = [e for e in all_prompts() if not is_held_out(e) and any("color" in c for c in e["include"])]
-    return thinned(seen, {"color_attr": 60, "position": 80}), thinned(held_out, {"color_attr": 32, "position": 80})
+    coloured = [e for e in all_prompts() if any("color" in c for c in e["include"])]
+    seen = [e for e in coloured if not is_held_out(e)]
+    held_out = [e for e in coloured if is_held_out(e)]
+    return thinned(seen, {"color_attr": 60, "position": 80}), thinned(held_out, {"color_attr": 34, "position": 80})
 
 
 def thinned(entries: Sequence[Record], most: dict[str, int]) -> list[Record]:

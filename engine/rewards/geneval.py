@@ -64,26 +64,31 @@ def relations(a: Detection, b: Detection) -> set[str]:
 
 def problems(metadata: Mapping[str, Any], names: Sequence[str], colors: Sequence[str]) -> str | None:
     """What is wrong with a prompt's clauses, or None."""
-    clauses = metadata.get("include")
+    clauses, exclude = metadata.get("include"), metadata.get("exclude", [])
     if not isinstance(clauses, list) or not clauses:
         return "it has no 'include' clauses; use a .jsonl file with GenEval metadata"
-    for clause in clauses:
+    if not isinstance(exclude, list):
+        return f"'exclude' {exclude!r} is not a list of clauses"
+    for index, clause in enumerate([*clauses, *exclude]):
+        if not isinstance(clause, dict):
+            return f"clause {clause!r} is not an object with class and count"
         if clause.get("class") not in names:
             return f"class {clause.get('class')!r} is not one of {', '.join(names)}"
-        if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+        if type(clause.get("count")) is not int or clause["count"] < 1:
             return f"count {clause.get('count')!r} is not a whole number above 0"
         if "color" in clause and clause["color"] not in colors:
             return f"color {clause['color']!r} is not one of {', '.join(colors)}"
-        if "position" in clause and not _is_position(clause["position"], len(clauses)):
-            return f"position {clause['position']!r} is not [one of {', '.join(RELATIONS)}; index of a clause]"
+        if "position" in clause and not _is_position(clause["position"], index, len(clauses)):
+            return f"position {clause['position']!r} is not [one of {', '.join(RELATIONS)}; index of another clause]"
     return None
 
 
-def _is_position(value: Any, num_clauses: int) -> bool:
+def _is_position(value: Any, own: int, num_clauses: int) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 2
         and value[0] in RELATIONS
-        and isinstance(value[1], int)
+        and type(value[1]) is int
         and 0 <= value[1] < num_clauses
+        and value[1] != own
     )

@@ -79,10 +79,11 @@ def detect(images: Tensor) -> list[list[Detection]]:
     image, colour = (masks.flatten(2).float().mean(2) >= MIN_AREA).nonzero(as_tuple=True)
     found: list[list[Detection]] = [[] for _ in images]
     # A few planes at a time: their label maps fit the cache, five times faster than all at once.
-    for planes in torch.arange(len(image)).split(16):
+    for start in range(0, len(image), 16):
+        planes = slice(start, start + 16)
         labels = components(masks[image[planes], colour[planes]])
         for plane, shape in classify(labels, [list(COLOURS)[c] for c in colour[planes].tolist()]):
-            found[int(image[planes[plane]])].append(shape)
+            found[int(image[start + plane])].append(shape)
     return [sorted(shapes, key=area, reverse=True) for shapes in found]
 
 
@@ -123,5 +124,5 @@ def classify(labels: Tensor, colours: Sequence[str]) -> list[tuple[int, Detectio
     for i in (pixels >= MIN_AREA * labels[0].numel()).nonzero().flatten().tolist():
         name = "square" if extent[i] > SQUARE_EXTENT else "circle"
         name = "triangle" if centre[i] > TRIANGLE_CENTRE else name
-        found.append((owner[i], Detection(name, colours[owner[i]], tuple(box[i].tolist()))))
+        found.append((owner[i], Detection(name, colours[int(owner[i])], tuple(box[i].tolist()))))
     return found
