@@ -23,6 +23,7 @@ from .models.tiny import DemoSettings
 from .probe import score
 from .prompts import load_prompts
 from .protocols import FlowModel
+from .random_weights import SHAPES, RandomModel, Shape
 from .recipes import Recipe, make_recipe
 from .rewards import Panel, make_reward
 from .rollout import finish_by_ode, rollout
@@ -191,13 +192,32 @@ def bench_demo() -> None:
     train_table(model, cond, prompts, panel, settings)
 
 
+def bench_shape(title: str, shape: Shape, device: torch.device, dtype: torch.dtype, settings: TrainSettings) -> None:
+    """Random weights in a real model's shape."""
+    model = RandomModel(shape, device, dtype, guidance=4.5, cfg_grad="detach")
+    size = sum(p.numel() for p in model.network.parameters()) / 1e9
+    say(f"\n{title}: {size:.2f} G random parameters, {device.type}, {dtype}, guidance {model.scale}")
+    prompts = [Prompt("a prompt", {})] * 4
+    panel = Panel([("brightness", make_reward("brightness"), 1.0)])
+    count_table(model, None, settings.num_steps, 12)
+    wave_table(model, None, settings.num_steps, settings.sample_batch, (1, 12))
+    train_table(model, None, prompts, panel, settings)
+
+
 def main() -> None:
     """Everything this machine can run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.parse_args()
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     say(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread")
     bench_demo()
+    if not torch.cuda.is_available():
+        say("\nno GPU here: the SD3.5-medium and FLUX.1 shapes are measured on one")
+        return
+    say(f"\n{torch.cuda.get_device_name()}")
+    for title, shape in SHAPES.items():
+        settings = TrainSettings(iterations=3, groups=1, num_steps=10, sample_batch=24, train_batch=8)
+        bench_shape(title, shape, torch.device("cuda"), torch.bfloat16, settings)
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def flag(tip: str) -> Choice:
 
 
 GroupSize = Annotated[int, Knob(2, 128, "images compared with each other")]
-Noise = Annotated[float, Knob(0.0, 2.0, "how much noise a stochastic step injects")]
+Noise = Annotated[float, Knob(0.01, 2.0, "how much noise a stochastic step injects")]
 Fraction = Annotated[float, Knob(0.0, 1.0, "part of the noisy steps that is trained")]
 Evaluations = Annotated[int, Knob(0, 64, "Euler steps a probe may take; 0 = the whole remaining schedule")]
 KernelName = Annotated[str, Choice(("sde", "cps"), "how a noisy step looks")]

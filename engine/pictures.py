@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -29,6 +31,17 @@ def grid(images: Tensor, captions: Sequence[str] = (), columns: int = 0, smalles
         if captions:
             draw.text((x, y + height + 1), shortened(captions[i], width, draw), fill="black")
     return sheet
+
+
+def annotated(images: Tensor, captions: Sequence[str]) -> Tensor:
+    """[N, 3, H, W] -> the same images enlarged to at least 256 pixels, each with its caption below, [N, 3, H', W']."""
+    sheets = [to_tensor(grid(image[None], [caption], 1, 256)) for image, caption in zip(images, captions, strict=True)]
+    return torch.stack(sheets)
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """RGB image -> [3, H, W] in 0..1."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0).float() / 255
 
 
 def shortened(text: str, width: int, draw: ImageDraw.ImageDraw) -> str:

@@ -1,8 +1,9 @@
 """Prompt lists: one prompt per line (.txt), or one JSON object per line with ``prompt`` and metadata (.jsonl)."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .data import Prompt
 
@@ -10,13 +11,14 @@ DEMO_FILES = Path(__file__).resolve().parent / "demo"
 BUILT_IN = {"demo:train": DEMO_FILES / "train.jsonl", "demo:held_out": DEMO_FILES / "held_out.jsonl"}
 
 
-def load_prompts(source: str | Sequence[str], folder: Path) -> list[Prompt]:
-    """Prompts from a list, a built-in list or a file (relative to ``folder``).
+def load_prompts(source: str | Sequence[str | Mapping[str, Any]], folder: Path) -> list[Prompt]:
+    """Prompts from a list of texts or records, a built-in list or a file (relative to ``folder``).
 
     Raises ValueError naming file and line of the first problem.
     """
     if not isinstance(source, str):
-        return checked([Prompt(text, {}) for text in source], "the list of prompts")
+        entries = [e if isinstance(e, str) else record(e, f"prompt {n}") for n, e in enumerate(source, 1)]
+        return checked([Prompt(e, {}) if isinstance(e, str) else e for e in entries], "the list of prompts")
     path = BUILT_IN.get(source, folder / source)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -41,8 +43,13 @@ def parse(line: str, place: str) -> Prompt:
         entry = json.loads(line)
     except json.JSONDecodeError as problem:
         raise ValueError(f"{place}: not JSON ({problem.msg}); write one object per line") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise ValueError(f'{place}: needs an object with a text "prompt", got {line[:60]}')
+    return record(entry, place)
+
+
+def record(entry: Any, place: str) -> Prompt:
+    """A prompt with its metadata from ``{"prompt": ..., ...}``."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("prompt"), str):
+        raise ValueError(f'{place}: needs an object with a text "prompt", got {str(entry)[:60]}')
     return Prompt(entry["prompt"].strip(), {k: v for k, v in entry.items() if k != "prompt"})
 
 

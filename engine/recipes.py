@@ -107,6 +107,8 @@ def make_recipe(name: str, **options: Any) -> Recipe:
     def of(owner: Any) -> dict[str, Any]:
         return {key: value for key, value in options.items() if key in options_of(owner)}
 
+    if options.get("norm_axis") == "joint" and options.get("std_floor", 0) > 0:
+        raise ValueError(f"{name}: std_floor has no effect with norm_axis 'joint'; leave one of them out")
     recipe = RECIPES[name](**of(RECIPES[name]))
     return replace(
         recipe,

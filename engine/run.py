@@ -1,9 +1,11 @@
 """A run on disk: ``<out>/<name>/`` with config, prompts, metrics, samples, checkpoints, LoRA and report."""
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from .pictures import grid
 from .prompts import dump, load_prompts
 from .protocols import FlowModel
 from .recipes import make_recipe
-from .rewards import Panel, make_reward
+from .rewards import Panel, make_panel, member
 from .train import Iteration, train
 
+log = logging.getLogger("densegrpo.run")
 HELD_OUT = "held-out/"
 """Prefix of rewards that are only evaluated."""
 
@@ -96,26 +99,18 @@ class Progress:
 
 def training_panel(config: RunConfig) -> Panel:
     """The rewards that are trained on."""
-    return Panel([member(entry, "") for entry in config.rewards], config.reward_mode)
+    return make_panel(config.rewards, config.reward_mode)
 
 
 def evaluation_panel(config: RunConfig) -> Panel:
     """The rewards that evaluations score: the trained ones and the held-out ones."""
-    members = [member(entry, "") for entry in config.rewards]
+    members = [member(entry) for entry in config.rewards]
     return Panel([*members, *(member(entry, HELD_OUT) for entry in config.held_out_rewards)])
-
-
-def member(entry: Any, prefix: str) -> Any:
-    """(label, reward, weight) of one configured reward; the label tells equal rewards with other options apart."""
-    options = {k: v for k, v in entry.items() if k not in ("name", "weight")}
-    label = prefix + " ".join([entry["name"], *(str(v) for v in options.values())])
-    return label, make_reward(entry["name"], **options), float(entry.get("weight", 1.0))
 
 
 def trained_score(evaluation: Evaluation, config: RunConfig) -> float:
     """The weighted sum of the trained rewards of an evaluation."""
-    members = [member(entry, "") for entry in config.rewards]
-    return sum(weight * evaluation.means[label] for label, _, weight in members)
+    return sum(weight * evaluation.means[label] for label, _, weight in map(member, config.rewards))
 
 
 class Session:
@@ -155,9 +150,7 @@ class Session:
             raise
         self.save()
         if self.writes:
-            from .report import write_report
-
-            write_report(self.run)
+            self.report()
 
     def iterations(self) -> Iterator[Progress]:
         """The training iterations with evaluations and checkpoints in between."""
@@ -237,6 +230,15 @@ class Session:
         }
         with self.learner.averaged() as lora:
             export(lora, self.run.folder / "lora.safetensors", self.model.lora_prefix, metadata)
+
+    def report(self) -> None:
+        """Draw the report, where matplotlib is installed: it comes with the command line, not with ComfyUI."""
+        if find_spec("matplotlib") is None:
+            log.info("no report.html: it needs matplotlib")
+            return
+        from .report import write_report
+
+        write_report(self.run)
 
     def clean_up(self) -> None:
         """Drop what a crash left behind: half-written checkpoints and metrics after the last one."""

@@ -24,12 +24,15 @@ def sd3_twice_shifted(num_steps: int, shift: float = 3.0, num_train_steps: int =
     return torch.cat([shift * t / (1 + (shift - 1) * t), t.new_zeros(1)]).float()
 
 
-def flux_shifted(num_steps: int, num_tokens: int) -> Tensor:
+def flux_shifted(
+    num_steps: int, num_tokens: int, low: tuple[int, float] = (256, 0.5), high: tuple[int, float] = (4096, 1.15)
+) -> Tensor:
     """[T+1] of FLUX.1: linspace(1, 1/T) with a shift that grows with the image, exp(mu).
 
-    mu is 0.5 at 256 tokens and 1.15 at 4096 (black-forest-labs/flux, get_schedule); same as diffusers.
+    mu is linear in the number of tokens, through ``low`` and ``high`` (tokens, mu): 0.5 at 256 and 1.15 at 4096
+    tokens (black-forest-labs/flux, get_schedule); same as diffusers.
     """
-    mu = 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
+    mu = low[1] + (high[1] - low[1]) * (num_tokens - low[0]) / (high[0] - low[0])
     return shifted_linear(num_steps, math.exp(mu))
 
 

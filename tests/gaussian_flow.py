@@ -36,7 +36,7 @@ class GaussianFlow:
 
     @property
     def mean(self):
-        return float(self.network(torch.zeros(1)))
+        return float(self.network(torch.zeros(1)).detach())
 
     def encode(self, prompts):
         """Longer prompts are brighter."""

@@ -1,9 +1,12 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 from densegrpo.engine.config import make_config, read_config
 from densegrpo.engine.prompts import dump, load_prompts
 
+ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = {
     "name": "try",
     "model": {"name": "demo"},
@@ -29,7 +32,7 @@ def test_a_configuration_survives_writing_and_reading():
         ({"training": {"seed": True}}, "seed .* whole number"),
         ({"training": []}, "training must be an object"),
         ({"method": {"name": "dense_grop"}}, r"unknown recipe 'dense_grop' \(did you mean 'dense_grpo'\?\)"),
-        ({"method": {"name": "dense_grpo", "noise": 9}}, r"method dense_grpo: noise .* in 0\.0\.\.2\.0, got 9"),
+        ({"method": {"name": "dense_grpo", "noise": 9}}, r"method dense_grpo: noise .* in 0\.01\.\.2\.0, got 9"),
         ({"method": {"name": "dense_grpo", "kl": "soft"}}, "kl .* must be one of 'exact'"),
         ({"method": {"name": "flow_grpo", "probe_evaluations": 2}}, "no option 'probe_evaluations'"),
         ({"model": {"name": "sdxl"}}, "unknown model 'sdxl'.* known: demo, diffusers"),
@@ -97,3 +100,17 @@ def test_a_missing_prompt_file_says_what_would_do(tmp_path):
         load_prompts("nope.txt", tmp_path)
     with pytest.raises(ValueError, match="has no prompts"):
         load_prompts([], tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_valid(path):
+    config = read_config(path)
+    assert load_prompts(config.prompts, path.parent)
+
+
+def test_the_configuration_in_the_readme_is_valid():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        make_config(json.loads(block))

@@ -311,9 +311,9 @@ def test_some_unscored_images_do_not_stop_a_run(tmp_path, monkeypatch):
 
 def test_a_prompt_that_does_not_suit_the_reward_is_refused_before_training(tmp_path, capsys):
     path = tmp_path / "c.json"
-    path.write_text(json.dumps(SMALL | {"rewards": [{"name": "shapes"}]}))
+    path.write_text(json.dumps(SMALL | {"rewards": [{"name": "shapes"}], "prompts": ["a cat"]}))
     message = refused(capsys, "train", path, "--out", tmp_path)
-    assert "prompt 'a red circle'" in message
+    assert "prompt 'a cat'" in message
     assert "no 'include' clauses" in message
     assert not (tmp_path / "small").exists()
 

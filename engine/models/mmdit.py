@@ -116,8 +116,8 @@ class Embedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, width] -> [B, D]."""
-        return self.mlp(x)
+        """[B, width] -> [B, D], in the weights' dtype; noise levels stay float32 until here."""
+        return self.mlp(x.to(self.mlp[0].weight.dtype))
 
 
 class FinalLayer(nn.Module):

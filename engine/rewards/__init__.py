@@ -20,6 +20,17 @@ REWARDS = {
     "jpeg": ".jpeg:Jpeg",
     "shapes": ".shapes:Shapes",
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    "brightness": {"name": "brightness"},
+    "darkness": {"name": "brightness", "target": 0.0},
+    "colourfulness": {"name": "colourfulness"},
+    "jpeg compressible": {"name": "jpeg", "direction": "compressible"},
+    "jpeg incompressible": {"name": "jpeg", "direction": "incompressible"},
+    "shapes dense": {"name": "shapes", "score": "dense"},
+    "shapes partial": {"name": "shapes", "score": "partial"},
+    "shapes strict": {"name": "shapes", "score": "strict"},
+}
+"""What a menu offers: label -> configuration of the reward."""
 MODES = ("each", "sum")
 """Normalise each reward and then add (``each``), or add the scores first (``sum``)."""
 
@@ -97,6 +108,18 @@ class Panel:
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise ValueError("; ".join(problems[:3]) + more)
+
+
+def make_panel(entries: Sequence[Mapping[str, Any]], mode: str = "each") -> Panel:
+    """A panel of configured rewards: ``{"name": ..., "weight": 1.0, **options}`` each."""
+    return Panel([member(entry) for entry in entries], mode)
+
+
+def member(entry: Mapping[str, Any], prefix: str = "") -> tuple[str, Reward, float]:
+    """(label, reward, weight); the label tells equal rewards with other options apart."""
+    options = {k: v for k, v in entry.items() if k not in ("name", "weight")}
+    label = prefix + " ".join([entry["name"], *(str(v) for v in options.values())])
+    return label, make_reward(entry["name"], **options), float(entry.get("weight", 1.0))
 
 
 def ask(label: str, reward: Reward, batch: RewardBatch) -> RewardResult:

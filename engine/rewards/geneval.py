@@ -66,7 +66,7 @@ def problems(metadata: Mapping[str, Any], names: Sequence[str], colors: Sequence
     """What is wrong with a prompt's clauses, or None."""
     clauses, exclude = metadata.get("include"), metadata.get("exclude", [])
     if not isinstance(clauses, list) or not clauses:
-        return "it has no 'include' clauses; use a .jsonl file with GenEval metadata"
+        return "it has no 'include' clauses; use a .jsonl file with GenEval metadata, or prompts such as 'a red circle'"
     if not isinstance(exclude, list):
         return f"'exclude' {exclude!r} is not a list of clauses"
     for index, clause in enumerate([*clauses, *exclude]):

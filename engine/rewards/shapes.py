@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d, one_hot, pad
 
-from ..demo.scenes import BACKGROUND, COLOURS, SHAPES
+from ..demo.scenes import BACKGROUND, COLOURS, SHAPES, Record, all_prompts
 from ..knobs import Choice
 from ..protocols import RewardBatch, RewardResult
 from .geneval import Detection, judge, problems
@@ -38,22 +39,34 @@ class Shapes:
     def __call__(self, batch: RewardBatch) -> RewardResult:
         """Score every image."""
         images = interpolate(batch.images, (SIZE, SIZE), mode="area")
+        metadata = [with_clauses(*pair) for pair in zip(batch.prompts, batch.metadata, strict=True)]
         if self.score == "dense":
-            return RewardResult(wanted_area(images, batch.metadata))
-        detections = detect(images)
-        verdicts = [judge(d, m) for d, m in zip(detections, batch.metadata, strict=True)]
+            return RewardResult(wanted_area(images, metadata))
+        verdicts = [judge(d, m) for d, m in zip(detect(images), metadata, strict=True)]
         return RewardResult(torch.tensor([getattr(v, self.score) for v in verdicts], dtype=torch.float32))
 
     def validate(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[str]:
         """GenEval clauses of our shapes and colours; the dense score needs a colour."""
         found = []
-        for prompt, data in zip(prompts, metadata, strict=True):
+        for prompt, given in zip(prompts, metadata, strict=True):
+            data = with_clauses(prompt, given)
             problem = problems(data, SHAPES, list(COLOURS))
             if not problem and self.score == "dense" and not any("color" in c for c in data["include"]):
                 problem = "the dense score needs a clause with a color; use score 'partial'"
             if problem:
                 found.append(f"prompt {prompt!r}: {problem}")
         return found
+
+
+@cache
+def grammar() -> dict[str, Record]:
+    """The demo model's prompts: their clauses follow from the text."""
+    return {entry["prompt"]: entry for entry in all_prompts()}
+
+
+def with_clauses(prompt: str, metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metadata, or what a prompt of the demo model's grammar means when it has none."""
+    return metadata if "include" in metadata else grammar().get(prompt.strip(), metadata)
 
 
 def wanted_area(images: Tensor, metadata: Sequence[Mapping[str, Any]]) -> Tensor:

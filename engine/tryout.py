@@ -1,0 +1,35 @@
+"""Try a reward on images, without any training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import Prompt
+from .pictures import annotated
+from .rewards import make_panel
+
+
+def score_images(
+    images: Tensor, prompt: str, entries: Sequence[Mapping[str, Any]], mode: str
+) -> tuple[Tensor, list[float], str]:
+    """Score images [N, H, W, C] in 0..1 (ComfyUI's IMAGE): (the same with scores written below, scores, a report).
+
+    ``prompt``: one for all images, or one line per image. Raises ValueError when the lines do not fit the images,
+    or a reward cannot use a prompt.
+    """
+    texts = [line.strip() for line in prompt.splitlines() if line.strip()] or [""]
+    if len(texts) not in (1, len(images)):
+        raise ValueError(f"{len(images)} images need one prompt or {len(images)} lines, got {len(texts)} lines")
+    prompts = [Prompt(text, {}) for text in texts * (len(images) if len(texts) == 1 else 1)]
+    panel = make_panel(entries, mode)
+    panel.validate(prompts)
+    pixels = images[..., :3].movedim(-1, 1).float().cpu()
+    scored = panel(pixels, prompts)
+    total = (panel.weights[:, None] * scored.scores).sum(0)
+    rows = [
+        ", ".join(f"{label} {values[i]:.3f}" for label, values in scored.by_reward.items()) for i in range(len(images))
+    ]
+    report = "\n".join(f"{i + 1}: {row}" for i, row in enumerate(rows)) + "".join(f"\n{e}" for e in scored.errors)
+    return annotated(pixels, rows).movedim(1, -1), torch.where(total.isfinite(), total, torch.nan).tolist(), report

@@ -1,0 +1,38 @@
+"""The link types between our nodes, and what travels on them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..engine.data import Prompt
+
+Prompts = io.Custom("DENSEGRPO_PROMPTS")
+Reward = io.Custom("DENSEGRPO_REWARD")
+Sampler = io.Custom("DENSEGRPO_SAMPLER")
+Probe = io.Custom("DENSEGRPO_PROBE")
+Update = io.Custom("DENSEGRPO_UPDATE")
+
+Options = Mapping[str, Any]
+"""On Sampler, Probe and Update links: options by name, as in a configuration."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """On a Prompts link."""
+
+    prompts: tuple[Prompt, ...]
+    conditioning: tuple[Any, ...]
+    """One host CONDITIONING per prompt."""
+    negative: Any
+    """The CONDITIONING that guidance leads away from."""
+
+
+@dataclass(frozen=True)
+class RewardChoice:
+    """On a Reward link."""
+
+    entries: tuple[Options, ...]
+    """Configured rewards with their weights."""
+    mode: str = "each"
