@@ -11,6 +11,7 @@ from densegrpo.engine.lora import LoraSettings
 from densegrpo.engine.models import load_model, model_settings
 from densegrpo.engine.models.diffusers import DiffusersSettings
 from densegrpo.engine.schedule import shifted_linear
+from safetensors.torch import load_file
 from tiny_pipelines import LORA, changed, folder_of, load, noise
 
 
@@ -157,6 +158,15 @@ def test_a_cut_off_download_is_named(tmp_path, part):
     file = folder / f"{part}.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=rf"{part.split('/')[0]} cannot be read \(.*\); download or save"):
+        load(folder)
+
+
+def test_weights_in_a_pickle_are_not_opened(tmp_path):
+    folder = changed("sd3", tmp_path, "model_index.json")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(ValueError, match=r"vae cannot be read \(.*safetensors.*\); download or save"):
         load(folder)
 
 

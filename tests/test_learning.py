@@ -13,17 +13,25 @@ TRAINED = 3 * (STEPS - 1)
 """Forward and backward of its trained steps, in evaluations."""
 
 
-def held_out_reward(tmp_path, method, reward, iterations, *, seed=0, shuffle=False, lr=1e-3):
+FOUR_PROMPTS = [
+    "a red circle and a blue square",
+    "three green triangles",
+    "a yellow square left of a purple circle",
+    "two black squares",
+]
+
+
+def held_out_reward(tmp_path, method, reward, iterations, *, prompts="demo:train", seed=0, shuffle=False):
     """(before, after) of the trained reward on held-out prompts."""
     config = {
         "name": "learning",
         "model": {"name": "demo"},
         "method": {"name": method, "group_size": GROUP_SIZE, "clip_range": 1e-2, "kl_weight": 0.0},
         "rewards": [reward],
-        "prompts": "demo:train",
+        "prompts": prompts,
         "held_out_prompts": "demo:held_out",
         "lora": {"rank": 8, "alpha": 16.0},
-        "optimizer": {"lr": lr, "beta2": 0.99, "ema_decay": 0.0},
+        "optimizer": {"lr": 1e-3, "beta2": 0.99, "ema_decay": 0.0},
         "training": {
             "iterations": iterations,
             "groups": GROUPS,
@@ -59,10 +67,12 @@ def test_nothing_is_learnt_from_shuffled_rewards(tmp_path, method, iterations):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_dense_credit_learns_more_from_as_many_evaluations(tmp_path, seed):
-    """Darkness, 40 000 evaluations each: the step gains of DenseGRPO against one terminal reward."""
+    """Darkness, four prompts, 40 000 evaluations each: step gains against one terminal reward."""
     after = {}
     for method, per_chain in EVALUATIONS.items():
         iterations = round(40_000 / (GROUPS * GROUP_SIZE * (per_chain + TRAINED)))
         darkness = {"name": "brightness", "target": 0.0}
-        _, after[method] = held_out_reward(tmp_path / method, method, darkness, iterations, seed=seed)
+        _, after[method] = held_out_reward(
+            tmp_path / method, method, darkness, iterations, prompts=FOUR_PROMPTS, seed=seed
+        )
     assert after["dense_grpo"] >= after["flow_grpo"] + 0.15, after
