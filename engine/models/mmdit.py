@@ -117,7 +117,7 @@ class Embedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, width] -> [B, D], in the weights' dtype; noise levels stay float32 until here."""
-        return self.mlp(x.to(self.mlp[0].weight.dtype))
+        return self.mlp(x.to(next(self.mlp.parameters()).dtype))
 
 
 class FinalLayer(nn.Module):
