@@ -1,6 +1,6 @@
 """Held-out evaluation: ODE samples from fixed noise, the same for every method and iteration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,9 @@ class Evaluation(NamedTuple):
     scores: dict[str, Tensor]
     """Label -> [N], prompt by prompt."""
     images: Tensor
-    """[K, 3, H, W] the first image of the first prompts."""
+    """[K, 3, H, W] the first image of some prompts, spread over this process's list."""
+    shown: list[int]
+    """[K] which prompts they are of."""
     num_images: int
 
 
@@ -38,15 +40,20 @@ def evaluate(
     images_per_prompt: int,
     batch: int,
     keep: int = 16,
-    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score ``images_per_prompt`` images of each prompt; noise depends on prompt and image number only."""
+    """Score ``images_per_prompt`` images of each prompt; noise depends on prompt and image number only.
+
+    Raises ValueError when there are fewer prompts than processes.
+    """
+    if len(prompts) < world.size:
+        raise ValueError(f"{len(prompts)} held-out prompts cannot be shared by {world.size} processes; add some")
     sigmas = model.schedule(num_steps)
-    work = [(p, i) for p in range(world.rank, len(prompts), world.size) for i in range(images_per_prompt)]
+    mine = range(world.rank, len(prompts), world.size)
+    shown = sorted({mine[i * len(mine) // keep] for i in range(keep)})
+    work = [(p, i) for p in mine for i in range(images_per_prompt)]
     names: list[str] = []
     rows, kept = [], []
     for start in range(0, len(work), batch):
-        check()
         part = work[start : start + batch]
         noise = torch.stack([normal(model.latent_shape, Purpose.EVALUATION, 0, slot=p, chain=i) for p, i in part])
         numbers = torch.tensor([p for p, _ in part])
@@ -54,9 +61,9 @@ def evaluate(
         scored = panel(images, [prompts[p] for p, _ in part])
         names = list(scored.by_reward)
         rows.append(torch.cat([numbers[None].float(), torch.stack([scored.by_reward[n] for n in names])]))
-        kept += [image for image, (p, i) in zip(images, part, strict=True) if i == 0 and p < keep]
+        kept += [image for image, (p, i) in zip(images, part, strict=True) if i == 0 and p in shown]
     table = world.gather(torch.cat(rows, 1), 1)
     table = table[:, table[0].argsort(stable=True)]
     scores = dict(zip(names, table[1:], strict=True))
     means = {name: values.nanmean().item() for name, values in scores.items()}
-    return Evaluation(means, scores, torch.stack(kept), table.shape[1])
+    return Evaluation(means, scores, torch.stack(kept), shown, table.shape[1])

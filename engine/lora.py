@@ -90,15 +90,33 @@ def attach(lora: Lora, model: nn.Module) -> list[Any]:
     return [model.get_submodule(name).register_forward_hook(hook(i)) for i, name in enumerate(lora.names)]
 
 
-def export(lora: Lora, path: Path, prefix: str, metadata: Mapping[str, str]) -> None:
-    """Write the file that generation loads: ``<prefix>.<layer>.lora_A/B.weight``, the scale folded into B.
+class LoraTensors(dict[str, Tensor]):
+    """The tensors of a LoRA file by key, and what its header says; hosts take it for a plain dict."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]):
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+
+
+def tensors_of(lora: Lora, prefix: str, metadata: Mapping[str, str]) -> LoraTensors:
+    """``<prefix>.<layer>.lora_A/B.weight`` on the CPU, the scale folded into B.
 
     Stock ComfyUI loads ``diffusion_model.<native layer>``; diffusers loads ``transformer.<its layer>``.
     """
     tensors = {}
     for name, down, up in zip(lora.names, lora.down, lora.up, strict=True):
-        tensors[f"{prefix}.{name}.lora_A.weight"] = down.detach().cpu().contiguous()
+        tensors[f"{prefix}.{name}.lora_A.weight"] = down.detach().cpu().clone().contiguous()
         tensors[f"{prefix}.{name}.lora_B.weight"] = (up.detach() * lora.scale).cpu().contiguous()
+    return LoraTensors(tensors, metadata)
+
+
+def export(lora: Lora, path: Path, prefix: str, metadata: Mapping[str, str]) -> None:
+    """Write the file that generation loads, in one step; see ``tensors_of``."""
+    write_lora(path, tensors_of(lora, prefix, metadata))
+
+
+def write_lora(path: Path, tensors: LoraTensors) -> None:
+    """Replace ``path`` in one step."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, dict(metadata))
+    save_file(dict(tensors), temporary, tensors.metadata)
     temporary.replace(path)

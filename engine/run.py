@@ -9,13 +9,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+
 from .checkpoint import SaveError, checkpoints, load_checkpoint, save_checkpoint, write_text
 from .config import RunConfig, make_config
 from .data import Prompt
 from .distributed import Solo, World
 from .evaluate import Evaluation, evaluate
 from .learner import Learner
-from .lora import export
+from .lora import LoraTensors, tensors_of, write_lora
 from .models import load_model
 from .pictures import grid
 from .prompts import dump, load_prompts
@@ -122,6 +125,7 @@ class Session:
     def __init__(self, run: Run, world: World | None = None, *, resume: bool = False, model: FlowModel | None = None):
         self.run, self.world = run, world or Solo()
         config = run.config
+        self.training = config.training
         seed = config.training.seed
         options = {k: v for k, v in config.model.items() if k != "name"}
         self.model = model or load_model(config.model["name"], config.lora, seed, **options)
@@ -153,8 +157,26 @@ class Session:
             self.report()
 
     def iterations(self) -> Iterator[Progress]:
-        """The training iterations with evaluations and checkpoints in between."""
-        config, total = self.run.config, self.run.config.training.iterations
+        """The training iterations; with smaller batches when memory runs out."""
+        while True:
+            try:
+                yield from self.loop()
+                return
+            except torch.OutOfMemoryError as problem:  # noqa: PERF203
+                self.use_less_memory(problem)
+
+    def use_less_memory(self, problem: torch.OutOfMemoryError) -> None:
+        """Halve the batches, which changes no result but speed; raises ``problem`` when they are 1 already."""
+        if self.world.size > 1 or self.training.train_batch == self.training.sample_batch == 1:
+            raise problem
+        train_batch, sample_batch = (max(1, n // 2) for n in (self.training.train_batch, self.training.sample_batch))
+        self.training = replace(self.training, train_batch=train_batch, sample_batch=sample_batch)
+        torch.cuda.empty_cache()
+        log.warning("out of memory: going on with train_batch %d, sample_batch %d", train_batch, sample_batch)
+
+    def loop(self) -> Iterator[Progress]:
+        """Iterations until the end, or until memory runs out."""
+        config, total = self.run.config, self.training.iterations
         loop = train(
             self.model,
             self.cond,
@@ -162,7 +184,7 @@ class Session:
             self.panel,
             self.recipe,
             self.learner,
-            config.training,
+            self.training,
             self.world,
         )
         for iteration in loop:
@@ -179,9 +201,22 @@ class Session:
         """Score held-out images with the averaged weights and keep a grid of them."""
         if self.held_out_cond is None:
             return None
+        try:
+            result = self.sample_held_out()
+        except torch.OutOfMemoryError as problem:
+            self.use_less_memory(problem)
+            return self.evaluate(name)
+        if self.writes:
+            (self.run.folder / "samples").mkdir(exist_ok=True)
+            texts = [self.run.held_out[i].text for i in result.shown]
+            grid(result.images, texts, columns=4).save(self.run.folder / "samples" / f"{name}.png")
+        return result
+
+    def sample_held_out(self) -> Evaluation:
+        """Held-out images of the averaged weights, scored."""
         settings = self.run.config.evaluation
         with self.learner.averaged():
-            result = evaluate(
+            return evaluate(
                 self.model,
                 self.held_out_cond,
                 self.run.held_out,
@@ -189,13 +224,8 @@ class Session:
                 self.world,
                 num_steps=settings.num_steps,
                 images_per_prompt=settings.images_per_prompt,
-                batch=self.run.config.training.sample_batch,
+                batch=self.training.sample_batch,
             )
-        if self.writes:
-            (self.run.folder / "samples").mkdir(exist_ok=True)
-            texts = [p.text for p in self.run.held_out[: len(result.images)]]
-            grid(result.images, texts, columns=4).save(self.run.folder / "samples" / f"{name}.png")
-        return result
 
     def record(self, progress: Progress) -> Progress:
         """Append one line to ``metrics.jsonl``."""
@@ -221,15 +251,27 @@ class Session:
             return
         config, number = self.run.config, self.learner.iteration
         save_checkpoint(self.run.folder / "checkpoints", number, self.learner.state(), config.saving.keep)
+        try:
+            write_lora(self.run.folder / "lora.safetensors", self.trained())
+        except (OSError, SafetensorError) as problem:
+            raise SaveError(f"could not save {self.run.folder / 'lora.safetensors'}: {problem}") from problem
+
+    def trained(self) -> LoraTensors:
+        """The LoRA with the averaged weights, as generation loads it, and what it is."""
+        config, rows = self.run.config, [row for row in self.run.metrics() if "evaluation_reward" in row]
         metadata = {
             "format": "pt",
             "densegrpo.run": config.name,
             "densegrpo.method": config.method["name"],
             "densegrpo.model": json.dumps(config.model),
-            "densegrpo.iterations": str(number),
+            "densegrpo.rewards": json.dumps(config.rewards),
+            "densegrpo.iterations": str(self.learner.iteration),
         }
+        if rows:
+            metadata["densegrpo.held_out_reward_before"] = f"{rows[0]['evaluation_reward']:.4f}"
+            metadata["densegrpo.held_out_reward_after"] = f"{rows[-1]['evaluation_reward']:.4f}"
         with self.learner.averaged() as lora:
-            export(lora, self.run.folder / "lora.safetensors", self.model.lora_prefix, metadata)
+            return tensors_of(lora, self.model.lora_prefix, metadata)
 
     def report(self) -> None:
         """Draw the report, where matplotlib is installed: it comes with the command line, not with ComfyUI."""

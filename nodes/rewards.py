@@ -38,7 +38,7 @@ class RewardModel(io.ComfyNode):
                     tooltip="Weight when several rewards are combined; negative punishes.",
                 ),
             ],
-            outputs=[sockets.Reward.Output("reward")],
+            outputs=[sockets.Reward.Output("choice", display_name="reward")],
         )
 
     @classmethod
@@ -67,7 +67,7 @@ class CombineRewards(io.ComfyNode):
             category=f"{CATEGORY}/reward",
             description="Train on several rewards at once.",
             inputs=[*rewards, mode],
-            outputs=[sockets.Reward.Output("reward")],
+            outputs=[sockets.Reward.Output("choice", display_name="reward")],
         )
 
     @classmethod

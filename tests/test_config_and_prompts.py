@@ -35,7 +35,7 @@ def test_a_configuration_survives_writing_and_reading():
         ({"method": {"name": "dense_grpo", "noise": 9}}, r"method dense_grpo: noise .* in 0\.01\.\.2\.0, got 9"),
         ({"method": {"name": "dense_grpo", "kl": "soft"}}, "kl .* must be one of 'exact'"),
         ({"method": {"name": "flow_grpo", "probe_evaluations": 2}}, "no option 'probe_evaluations'"),
-        ({"model": {"name": "sdxl"}}, "unknown model 'sdxl'.* known: demo, diffusers"),
+        ({"model": {"name": "sdxl"}}, "unknown model 'sdxl'.* known: comfy, demo, diffusers"),
         ({"model": "demo"}, 'model must be an object with a "name"'),
         ({"rewards": []}, "at least one reward"),
         ({"rewards": [{"name": "pikscore"}]}, "unknown reward 'pikscore'"),

@@ -7,7 +7,11 @@ from ..knobs import Option, check, options_of, suggest
 from ..lora import LoraSettings
 from ..protocols import FlowModel
 
-MODELS = {"demo": ".tiny:DemoSettings", "diffusers": ".diffusers:DiffusersSettings"}
+MODELS = {
+    "comfy": ".comfy_settings:ComfySettings",
+    "demo": ".tiny:DemoSettings",
+    "diffusers": ".diffusers:DiffusersSettings",
+}
 
 
 def model_settings(name: str) -> type[Any]:

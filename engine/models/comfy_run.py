@@ -1,0 +1,222 @@
+"""Runs of the engine on a host's MODEL: what the nodes call."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comfy.lora  # pyright: ignore[reportMissingImports]
+import comfy.sd  # pyright: ignore[reportMissingImports]
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..checkpoint import checkpoints
+from ..config import RunConfig, check_name, make_config
+from ..curves import plot
+from ..data import Prompt
+from ..filmstrip import Filmstrip, look
+from ..lora import LoraSettings, LoraTensors, write_lora
+from ..pictures import to_tensor
+from ..recipes import make_recipe
+from ..rewards import make_panel
+from ..run import Progress, Run, Session
+from .comfy import training_session
+from .comfy_settings import ComfySettings
+
+log = logging.getLogger("densegrpo.comfy")
+
+
+class Encoded(NamedTuple):
+    """Prompts with the host's CONDITIONING of each."""
+
+    prompts: Sequence[Prompt]
+    conditioning: Sequence[Any]
+    negative: Any
+
+
+class Trained(NamedTuple):
+    """What a training node returns."""
+
+    model: Any
+    """MODEL with the LoRA."""
+    lora: LoraTensors
+    """LORA_MODEL"""
+    curve: Tensor
+    """[1, H, W, 3] learning curve."""
+    samples: Tensor
+    """[2, H, W, 3] held-out images before and after; the learning curve when there are none."""
+
+
+def train_model(
+    model: Any,
+    vae: Any,
+    prompts: Encoded,
+    held_out: Encoded | None,
+    settings: ComfySettings,
+    config: Mapping[str, Any],
+    out: Path,
+    resume: bool,
+    follow: Callable[[Session, Progress], None],
+) -> Trained:
+    """Train a LoRA for ``model`` as ``config`` says, in ``out/<name>``; ``follow`` sees every progress.
+
+    ``config`` lacks prompts and model: they come as objects of the host. Raises ValueError for what a user can
+    mend, and whatever the host raises to cancel: all that was learnt is then saved.
+    """
+    run = find_run(full_config(config, settings, prompts, held_out), out, resume)
+    conditionings = by_text(prompts) | (by_text(held_out) if held_out else {})
+    seed = run.config.training.seed
+    with training_session(model, vae, conditionings, prompts.negative, settings, run.config.lora, seed) as flow:
+        difference = flow.check_gradients()
+        log.info("gradients agree with finite differences to %.1f %%", 100 * difference)
+        session = Session(run, model=flow, resume=bool(checkpoints(run.folder / "checkpoints")))
+        for progress in session.execute():
+            follow(session, progress)
+        lora = session.trained()
+    return Trained(with_lora(model, lora), lora, curve_of(run), samples_of(run))
+
+
+def full_config(
+    config: Mapping[str, Any], settings: ComfySettings, prompts: Encoded, held_out: Encoded | None
+) -> RunConfig:
+    """The configuration with model and prompts written down."""
+    data = {**config, "model": {"name": "comfy", **asdict(settings)}, "prompts": records(prompts)}
+    if held_out:
+        data["held_out_prompts"] = records(held_out)
+    return make_config(data)
+
+
+def records(prompts: Encoded) -> list[dict[str, Any]]:
+    """Plain JSON of prompts."""
+    return [{"prompt": p.text, **p.metadata} for p in prompts.prompts]
+
+
+def by_text(prompts: Encoded) -> dict[str, Any]:
+    """Text -> CONDITIONING."""
+    return {p.text: cond for p, cond in zip(prompts.prompts, prompts.conditioning, strict=True)}
+
+
+def find_run(config: RunConfig, out: Path, resume: bool) -> Run:
+    """The run of that name to continue, or a new one; without ``resume`` a number is added to a name in use.
+
+    Raises ValueError when the run was started with other settings than ``iterations``.
+    """
+    folder = out / config.name
+    if not folder.exists():
+        return Run.create(config, out, out)
+    if not resume:
+        number = next(n for n in range(2, 100_000) if not (out / f"{config.name}_{n}").exists())
+        return Run.create(replace(config, name=f"{config.name}_{number}"), out, out)
+    run = Run.open(folder)
+    changed = differences(run.config, config)
+    if changed:
+        raise ValueError(
+            f"run {config.name!r} was started with other settings ({', '.join(changed)}); set them back, "
+            "choose another run_name, or turn resume off"
+        )
+    return run.with_iterations(config.training.iterations)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Names of settings that differ and matter."""
+    harmless = {"iterations", "sample_batch", "train_batch"}
+    found = []
+    for key, before in asdict(old).items():
+        after = asdict(new)[key]
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [k for k in before.keys() | after.keys() if before.get(k) != after.get(k) and k not in harmless]
+        elif before != after and key != "name":
+            found.append(key)
+    return sorted(found)
+
+
+def with_lora(model: Any, lora: Mapping[str, Tensor]) -> Any:
+    """MODEL as the stock loader would patch it."""
+    return comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0)[0]
+
+
+def curve_of(run: Run) -> Tensor:
+    """Learning curve as IMAGE."""
+    rows = run.metrics()
+    lines = {"training reward": [(row["iteration"], row["reward"]) for row in rows if "reward" in row]}
+    for name in next((list(row["evaluation"]) for row in rows if "evaluation" in row), []):
+        label = f"held-out {name.removeprefix('held-out/')}"
+        lines[label] = [(row["iteration"], row["evaluation"][name]) for row in rows if "evaluation" in row]
+    return to_tensor(plot(run.config.name, lines)).movedim(0, -1)[None]
+
+
+def samples_of(run: Run) -> Tensor:
+    """Grids of held-out images before and after as IMAGE."""
+    from PIL import Image
+
+    paths = [run.folder / "samples" / f"{name}.png" for name in ("before", "after")]
+    found = [to_tensor(Image.open(path)).movedim(0, -1) for path in paths if path.exists()]
+    return torch.stack(found) if found else curve_of(run)
+
+
+def inspect_model(
+    model: Any,
+    vae: Any,
+    prompts: Encoded,
+    settings: ComfySettings,
+    rewards: Sequence[Mapping[str, Any]],
+    mode: str,
+    method: Mapping[str, Any],
+    num_steps: int,
+    seed: int,
+    batch: int,
+) -> Filmstrip:
+    """One group of the first prompt, without any training."""
+    recipe = make_recipe(**method)
+    only = Encoded(prompts.prompts[:1], prompts.conditioning[:1], prompts.negative)
+    session = training_session(model, vae, by_text(only), only.negative, settings, LoraSettings(rank=1), seed)
+    with session as flow, torch.no_grad():
+        cond = flow.encode([only.prompts[0].text])
+        panel = make_panel(rewards, mode)
+        return look(flow, cond, only.prompts[0], panel, recipe, num_steps=num_steps, seed=seed, batch=batch)
+
+
+def save_lora(lora: Mapping[str, Tensor], folder: Path, name: str, layout: str, model: Any) -> Path:
+    """Write a LORA_MODEL into ``folder`` under a name not yet in use, read it back and compare.
+
+    ``layout`` ``diffusers`` renames the layers as diffusers calls them; that needs the MODEL it was trained on.
+    Raises ValueError for a name that is no file name, or a model without such names.
+    """
+    check_name(name)
+    metadata = lora.metadata if isinstance(lora, LoraTensors) else {"format": "pt"}
+    tensors = LoraTensors(lora if layout == "comfy" else in_diffusers_names(lora, model), metadata)
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = (folder / f"{name}_{n:05d}.safetensors" for n in range(1, 100_000))
+    path = next(p for p in numbers if not p.exists())
+    write_lora(path, tensors)
+    back = load_file(path)
+    if back.keys() != tensors.keys() or not all(torch.equal(back[key], tensors[key]) for key in tensors):
+        path.unlink()
+        raise RuntimeError(f"{path} did not read back as it was written; check the disk and save again")
+    return path
+
+
+def in_diffusers_names(lora: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The same LoRA for diffusers' layers, by the host's own table of names; fused layers are cut apart."""
+    if model is None:
+        raise ValueError("diffusers keys need the MODEL the LoRA was trained on; connect it")
+    names: dict[str, tuple[str, slice]] = {}
+    for key, target in comfy.lora.model_lora_keys_unet(model.model, {}).items():
+        if key.startswith("transformer."):
+            native, part = (target, None) if isinstance(target, str) else (target[0], target[1])
+            rows = slice(None) if part is None else slice(part[1], part[1] + part[2])
+            names[key] = (native.removesuffix(".weight"), rows)
+    found = {}
+    for key, (native, rows) in names.items():
+        if f"{native}.lora_A.weight" in lora:
+            found[f"{key}.lora_A.weight"] = lora[f"{native}.lora_A.weight"].clone()
+            found[f"{key}.lora_B.weight"] = lora[f"{native}.lora_B.weight"][rows].clone().contiguous()
+    covered = {names[key.rpartition(".lora_")[0]][0] for key in found}
+    missing = {key.rpartition(".lora_")[0] for key in lora} - covered
+    if missing:
+        raise ValueError(
+            f"this model's layer {sorted(missing)[0]} has no name in diffusers; save with comfy keys instead"
+        )
+    return found

@@ -1,0 +1,63 @@
+"""Inspect Rollout: what training would see, in seconds."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..engine.knobs import options_of
+from ..engine.models.comfy_run import Encoded, inspect_model
+from ..engine.models.comfy_settings import ComfySettings
+from ..engine.train import TrainSettings
+from . import sockets
+from .train import method_of, settings
+from .widgets import CATEGORY, widgets
+
+
+class InspectRollout(io.ComfyNode):
+    """One group of images, step by step."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DenseGRPOInspectRollout",
+            display_name="Inspect Rollout",
+            category=CATEGORY,
+            description="Samples one group of the first prompt as training would: one row per image, one column per "
+            "denoising step, with the reward and what the step added. No training.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to be trained."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to it."),
+                sockets.Prompts.Input("prompts", tooltip="The first prompt is used."),
+                sockets.Reward.Input("reward", tooltip="What the pictures are scored with."),
+                sockets.Sampler.Input("sampler", tooltip="How to explore."),
+                sockets.Probe.Input("probe", optional=True, tooltip="Which steps are scored; none: the last one."),
+                *widgets(options_of(ComfySettings), ("width", "height", "cfg", "guidance")),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Another seed, other noise."),
+                *widgets(options_of(TrainSettings), ("sample_batch",)),
+            ],
+            outputs=[
+                io.Image.Output("picture", tooltip="The group, step by step."),
+                io.String.Output("report", tooltip="Mean reward of each state."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, vae: Any, **inputs: Any) -> io.NodeOutput:
+        reward, sampler = inputs["reward"], inputs["sampler"]
+        try:
+            strip = inspect_model(
+                model,
+                vae,
+                Encoded(*vars(inputs["prompts"]).values()),
+                settings(inputs),
+                reward.entries,
+                reward.mode,
+                method_of(sampler, inputs.get("probe")),
+                sampler["num_steps"],
+                inputs["seed"],
+                inputs["sample_batch"],
+            )
+        except ValueError as problem:
+            raise ValueError(f"Inspect Rollout: {problem}") from problem
+        return io.NodeOutput(strip.picture, strip.report, ui={"text": [strip.report]})
