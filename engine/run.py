@@ -209,7 +209,7 @@ class Session:
         if self.writes:
             (self.run.folder / "samples").mkdir(exist_ok=True)
             texts = [self.run.held_out[i].text for i in result.shown]
-            grid(result.images, texts, columns=4).save(self.run.folder / "samples" / f"{name}.png")
+            grid(result.images, texts, columns=4, smallest=192).save(self.run.folder / "samples" / f"{name}.png")
         return result
 
     def sample_held_out(self) -> Evaluation:

@@ -25,7 +25,6 @@ class TrainLoop(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        training = options_of(TrainSettings)
         return io.Schema(
             node_id="DenseGRPOTrainLoop",
             display_name="GRPO Train Loop",
@@ -34,52 +33,7 @@ class TrainLoop(io.ComfyNode):
             "With a probe: DenseGRPO; without: Flow-GRPO.",
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
-            inputs=[
-                io.Model.Input("model", tooltip="A flow-matching model: SD3.5, FLUX.1, Qwen-Image, ..."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
-                sockets.Prompts.Input("prompts", tooltip="Prompts to train on."),
-                sockets.Reward.Input("reward", tooltip="What to make more of."),
-                sockets.Sampler.Input("sampler", tooltip="How to explore."),
-                sockets.Probe.Input("probe", optional=True, tooltip="Step-wise rewards; none: Flow-GRPO."),
-                sockets.Update.Input("update", optional=True, tooltip="Learning rate, LoRA, KL; none: defaults."),
-                sockets.Prompts.Input(
-                    "held_out_prompts",
-                    optional=True,
-                    tooltip="Prompts that only measure progress; none: no evaluation.",
-                ),
-                sockets.Reward.Input(
-                    "held_out_reward", optional=True, tooltip="Only measured, never trained on: it shows gaming."
-                ),
-                io.String.Input(
-                    "run_name",
-                    default="my_run",
-                    tooltip="Folder in output/densegrpo: metrics, checkpoints, samples.",
-                ),
-                io.Boolean.Input(
-                    "resume",
-                    default=True,
-                    tooltip="Continue the run of this name where it stopped. Off: start a new one beside it.",
-                ),
-                *widgets(training, TRAINING),
-                *widgets(options_of(ComfySettings), ("width", "height", "cfg", "guidance")),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    control_after_generate=False,
-                    tooltip="Seed of everything random.",
-                ),
-                *widgets(training, BATCHES),
-                io.Int.Input(
-                    "evaluate_every",
-                    default=20,
-                    min=0,
-                    max=1_000_000,
-                    tooltip="Iterations between evaluations on the held-out prompts; 0 = only before and after.",
-                ),
-                *widgets(options_of(EvaluationSettings), EVALUATION),
-            ],
+            inputs=[*links(), *numbers()],
             outputs=[
                 io.Model.Output("model_with_lora", tooltip="The model with the trained LoRA applied."),
                 io.LoraModel.Output("lora", tooltip="For Save LoRA (GRPO), and the stock LoRA nodes."),
@@ -105,6 +59,63 @@ class TrainLoop(io.ComfyNode):
         except ValueError as problem:
             raise ValueError(f"GRPO Train Loop: {problem}") from problem
         return io.NodeOutput(*trained)
+
+
+def links() -> list[Any]:
+    """What is connected."""
+    return [
+        io.Model.Input("model", tooltip="A flow-matching model: SD3.5, FLUX.1, Qwen-Image, ..."),
+        io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+        sockets.Prompts.Input("prompts", tooltip="Prompts to train on."),
+        sockets.Reward.Input("reward", tooltip="What to make more of."),
+        sockets.Sampler.Input("sampler", tooltip="How to explore."),
+        sockets.Probe.Input("probe", optional=True, tooltip="Step-wise rewards; none: Flow-GRPO."),
+        sockets.Update.Input("update", optional=True, tooltip="Learning rate, LoRA, KL; none: defaults."),
+        sockets.Prompts.Input(
+            "held_out_prompts",
+            optional=True,
+            tooltip="Prompts that only measure progress; none: no evaluation.",
+        ),
+        sockets.Reward.Input(
+            "held_out_reward", optional=True, tooltip="Only measured, never trained on: it shows gaming."
+        ),
+    ]
+
+
+def numbers() -> list[Any]:
+    """What is typed."""
+    training = options_of(TrainSettings)
+    return [
+        io.String.Input(
+            "run_name",
+            default="my_run",
+            tooltip="Folder in output/densegrpo: metrics, checkpoints, samples.",
+        ),
+        io.Boolean.Input(
+            "resume",
+            default=True,
+            tooltip="Continue the run of this name where it stopped. Off: start a new one beside it.",
+        ),
+        *widgets(training, TRAINING),
+        *widgets(options_of(ComfySettings), ("width", "height", "cfg", "guidance")),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**31 - 1,
+            control_after_generate=False,
+            tooltip="Seed of everything random.",
+        ),
+        *widgets(training, BATCHES),
+        io.Int.Input(
+            "evaluate_every",
+            default=20,
+            min=0,
+            max=1_000_000,
+            tooltip="Iterations between evaluations on the held-out prompts; 0 = only before and after.",
+        ),
+        *widgets(options_of(EvaluationSettings), EVALUATION),
+    ]
 
 
 def held_out(inputs: Mapping[str, Any]) -> Encoded | None:

@@ -75,4 +75,5 @@ def test_dense_credit_learns_more_from_as_many_evaluations(tmp_path, seed):
         _, after[method] = held_out_reward(
             tmp_path / method, method, darkness, iterations, prompts=FOUR_PROMPTS, seed=seed
         )
+    print(f"seed {seed}: {after}")
     assert after["dense_grpo"] >= after["flow_grpo"] + 0.15, after
