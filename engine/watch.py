@@ -50,10 +50,11 @@ def stopped(run: Run, session: Session, reason: BaseException) -> str:
     saved = f"saved after iteration {session.learner.iteration}; continue with: densegrpo resume {run.folder}"
     if isinstance(reason, KeyboardInterrupt):
         return f"stopped; {saved}"
-    settings = run.config.training
+    training = session.training
     return (
-        f"out of memory with training.train_batch = {settings.train_batch} and training.sample_batch = "
-        f"{settings.sample_batch}; lower the first, then the second, in {run.folder / 'config.json'}; {saved}"
+        f"out of memory with training.train_batch = {training.train_batch} and training.sample_batch = "
+        f"{training.sample_batch}, after trying larger ones; lower the model's resolution, close other programs that "
+        f"use the GPU, or take a smaller model; {saved}"
     )
 
 

@@ -332,3 +332,38 @@ def test_the_report_can_be_drawn_again(tmp_path):
     (run.folder / "report.html").unlink()
     assert cli.main(["report", str(run.folder)]) == 0
     assert "<h1>small</h1>" in (run.folder / "report.html").read_text()
+
+
+def short_of_memory(session, most):
+    """A model that runs out of memory with more than ``most`` latents in a call."""
+    velocity = session.model.velocity
+
+    def limited(x, *rest):
+        if len(x) > most:
+            raise torch.OutOfMemoryError(f"{len(x)} latents do not fit")
+        return velocity(x, *rest)
+
+    session.model.velocity = limited
+    return session
+
+
+def test_when_memory_runs_out_smaller_batches_learn_the_same(tmp_path):
+    plenty, little = new_run(tmp_path / "a"), new_run(tmp_path / "b")
+    finish(plenty)
+    session = short_of_memory(Session(little), 5)
+    assert len(list(session.execute())) == 6
+    assert max(session.training.sample_batch, session.training.train_batch) <= 5
+    for before, after in zip(learnt(plenty), learnt(little), strict=True):
+        assert after.get("reward", 0) == pytest.approx(before.get("reward", 0), abs=1e-5)
+        assert after.get("evaluation_reward", 0) == pytest.approx(before.get("evaluation_reward", 0), abs=1e-4)
+
+
+def test_too_little_memory_for_one_latent_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
+    from densegrpo.engine import watch as watching
+    from densegrpo.engine.distributed import Solo
+
+    monkeypatch.setattr(watching, "Session", lambda *a, **k: short_of_memory(Session(*a, **k), 0))
+    assert watching.watch(new_run(tmp_path), Solo(), resume=False) == 1
+    message = capsys.readouterr().err
+    assert "out of memory with training.train_batch = 1 and training.sample_batch = 1" in message
+    assert "lower the model's resolution" in message
