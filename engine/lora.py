@@ -63,6 +63,13 @@ def add_lora(model: nn.Module, settings: LoraSettings, default_targets: str, see
 
     Raises ValueError when no layer matches.
     """
+    lora = make_lora(model, settings, default_targets, seed)
+    attach(lora, model)
+    return lora
+
+
+def make_lora(model: nn.Module, settings: LoraSettings, default_targets: str, seed: int = 0) -> Lora:
+    """The parameters alone, and a frozen ``model``; ``attach`` makes them count. Raises as ``add_lora``."""
     targets = settings.targets or default_targets
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     try:
@@ -73,9 +80,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, default_targets: str, see
         example = ", ".join(list(linear)[:5])
         raise ValueError(f"lora: targets {targets!r} match no linear layer; the model has, among others: {example}")
     model.requires_grad_(False)
-    lora = Lora(chosen, settings.rank, settings.alpha, seed)
-    attach(lora, model)
-    return lora
+    return Lora(chosen, settings.rank, settings.alpha, seed)
 
 
 def attach(lora: Lora, model: nn.Module) -> list[Any]:

@@ -45,7 +45,8 @@ class Run:
     def create(config: RunConfig, out: Path, base: Path) -> "Run":
         """A new run in ``out``; prompt files are read relative to ``base`` and copied into the run.
 
-        Raises ValueError when the folder exists, or a prompt list does not suit a reward.
+        Raises ValueError when the folder exists, or a prompt list does not suit a reward; SaveError when the
+        folder cannot be made.
         """
         folder = out / config.name
         if folder.exists():
@@ -57,7 +58,10 @@ class Run:
         training_panel(config).validate(prompts)
         if held_out:
             evaluation_panel(config).validate(held_out)
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as problem:
+            raise SaveError(f"could not make the run folder {folder}: {problem}; make room for it") from problem
         write_text(folder / "prompts.jsonl", dump(prompts))
         if held_out:
             write_text(folder / "held_out.jsonl", dump(held_out))
@@ -207,9 +211,13 @@ class Session:
             self.use_less_memory(problem)
             return self.evaluate(name)
         if self.writes:
-            (self.run.folder / "samples").mkdir(exist_ok=True)
-            texts = [self.run.held_out[i].text for i in result.shown]
-            grid(result.images, texts, columns=4, smallest=192).save(self.run.folder / "samples" / f"{name}.png")
+            path = self.run.folder / "samples" / f"{name}.png"
+            picture = grid(result.images, [self.run.held_out[i].text for i in result.shown], columns=4, smallest=192)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                picture.save(path)
+            except OSError as problem:
+                raise SaveError(f"could not save {path}: {problem}; free some space, then resume the run") from problem
         return result
 
     def sample_held_out(self) -> Evaluation:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import expand
-from ..lora import Lora, LoraSettings, add_lora
+from ..lora import Lora, LoraSettings, attach, make_lora
 from . import comfy_selftest, comfy_training
 from .comfy_conditioning import check_conditioning, groups, merged
 from .comfy_settings import ComfySettings
@@ -67,10 +67,9 @@ def training_session(
 
 def put_on(network: nn.Module, settings: LoraSettings, seed: int, stack: ExitStack) -> Lora:
     """A LoRA that ``stack`` takes off again."""
-    lora = add_lora(network, settings, TARGETS, seed)
-    for name in lora.names:
-        hooks = network.get_submodule(name)._forward_hooks
-        stack.callback(hooks.pop, next(reversed(hooks)))
+    lora = make_lora(network, settings, TARGETS, seed)
+    for handle in attach(lora, network):
+        stack.callback(handle.remove)
     return lora
 
 
@@ -239,7 +238,8 @@ def check_use(model: Any, vae: Any, settings: ComfySettings, negative: Condition
         if value % multiple:
             below = max(value // multiple, 1) * multiple
             raise ValueError(
-                f"{side} must be a multiple of {multiple} for this model, got {value}; take {below} or {below + multiple}"
+                f"{side} must be a multiple of {multiple} for this model, got {value}; "
+                f"take {below} or {below + multiple}"
             )
 
 
@@ -250,9 +250,9 @@ def check_flow(model: Any) -> None:
     if not isinstance(sampling, comfy.model_sampling.CONST):
         kind = next(k.__name__ for k in type(sampling).__mro__ if "calculate_denoised" in vars(k))
         raise ValueError(
-            f"this MODEL ({name}, of kind {kind}) is not a flow-matching model: it was trained on another kind of noise, "
-            "as SD1.5 and SDXL were, and GRPO's noise levels from 1 to 0 mean nothing to it; load one like SD3.5, "
-            "FLUX.1, Qwen-Image, Lumina 2 or Wan"
+            f"this MODEL ({name}, of kind {kind}) is not a flow-matching model: it was trained on another kind of "
+            "noise, as SD1.5 and SDXL were, and GRPO's noise levels from 1 to 0 mean nothing to it; load one like "
+            "SD3.5, FLUX.1, Qwen-Image, Lumina 2 or Wan"
         )
     if float(sampling.sigma_max) > 1 + 1e-3:
         raise ValueError(

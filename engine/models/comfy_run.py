@@ -1,7 +1,8 @@
 """Runs of the engine on a host's MODEL: what the nodes call."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +10,11 @@ from typing import Any, NamedTuple
 import comfy.lora  # pyright: ignore[reportMissingImports]
 import comfy.sd  # pyright: ignore[reportMissingImports]
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..checkpoint import checkpoints
+from ..checkpoint import SaveError, checkpoints
 from ..config import RunConfig, check_name, make_config
 from ..curves import plot
 from ..data import Prompt
@@ -47,6 +49,8 @@ class Trained(NamedTuple):
     """[1, H, W, 3] learning curve."""
     samples: Tensor
     """[2, H, W, 3] held-out images before and after; the learning curve when there are none."""
+    run: Run
+    """Where everything is; with ``resume`` off its name may have got a number."""
 
 
 def train_model(
@@ -62,20 +66,31 @@ def train_model(
 ) -> Trained:
     """Train a LoRA for ``model`` as ``config`` says, in ``out/<name>``; ``follow`` sees every progress.
 
-    ``config`` lacks prompts and model: they come as objects of the host. Raises ValueError for what a user can
-    mend, and whatever the host raises to cancel: all that was learnt is then saved.
+    ``config`` lacks prompts and model: they come as objects of the host. Raises ValueError, SaveError, RewardError or
+    OutOfMemoryError for what a user can mend, and whatever the host raises to cancel: all that was learnt is then
+    saved.
     """
     run = find_run(full_config(config, settings, prompts, held_out), out, resume)
     conditionings = by_text(prompts) | (by_text(held_out) if held_out else {})
     seed = run.config.training.seed
-    with training_session(model, vae, conditionings, prompts.negative, settings, run.config.lora, seed) as flow:
+    opened = training_session(model, vae, conditionings, prompts.negative, settings, run.config.lora, seed)
+    with memory_advice("lower width and height, under another run_name"), opened as flow:
         difference = flow.check_gradients()
         log.info("gradients agree with finite differences to %.1f %%", 100 * difference)
         session = Session(run, model=flow, resume=bool(checkpoints(run.folder / "checkpoints")))
         for progress in session.execute():
             follow(session, progress)
         lora = session.trained()
-    return Trained(with_lora(model, lora), lora, curve_of(run), samples_of(run))
+    return Trained(with_lora(model, lora), lora, curve_of(run), samples_of(run), run)
+
+
+@contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Say what to do when memory runs out; still the error that makes the host unload its models."""
+    try:
+        yield
+    except torch.OutOfMemoryError as problem:
+        raise torch.OutOfMemoryError(f"out of memory even in the smallest batches ({problem}); {advice}") from problem
 
 
 def full_config(
@@ -109,6 +124,8 @@ def find_run(config: RunConfig, out: Path, resume: bool) -> Run:
     if not resume:
         number = next(n for n in range(2, 100_000) if not (out / f"{config.name}_{n}").exists())
         return Run.create(replace(config, name=f"{config.name}_{number}"), out, out)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is in the way and is no run; move it elsewhere or choose another run_name")
     run = Run.open(folder)
     changed = differences(run.config, config)
     if changed:
@@ -171,8 +188,8 @@ def inspect_model(
     """One group of the first prompt, without any training."""
     recipe = make_recipe(**method)
     only = Encoded(prompts.prompts[:1], prompts.conditioning[:1], prompts.negative)
-    session = training_session(model, vae, by_text(only), only.negative, settings, LoraSettings(rank=1), seed)
-    with session as flow, torch.no_grad():
+    opened = training_session(model, vae, by_text(only), only.negative, settings, LoraSettings(rank=1), seed)
+    with memory_advice("lower sample_batch, width or height"), opened as flow, torch.no_grad():
         cond = flow.encode([only.prompts[0].text])
         panel = make_panel(rewards, mode)
         return look(flow, cond, only.prompts[0], panel, recipe, num_steps=num_steps, seed=seed, batch=batch)
@@ -182,7 +199,7 @@ def save_lora(lora: Mapping[str, Tensor], folder: Path, name: str, layout: str, 
     """Write a LORA_MODEL into ``folder`` under a name not yet in use, read it back and compare.
 
     ``layout`` ``diffusers`` renames the layers as diffusers calls them; that needs the MODEL it was trained on.
-    Raises ValueError for a name that is no file name, or a model without such names.
+    Raises ValueError for a name that is no file name or a model without such names, SaveError for a full disk.
     """
     check_name(name)
     metadata = lora.metadata if isinstance(lora, LoraTensors) else {"format": "pt"}
@@ -190,11 +207,14 @@ def save_lora(lora: Mapping[str, Tensor], folder: Path, name: str, layout: str, 
     folder.mkdir(parents=True, exist_ok=True)
     numbers = (folder / f"{name}_{n:05d}.safetensors" for n in range(1, 100_000))
     path = next(p for p in numbers if not p.exists())
-    write_lora(path, tensors)
-    back = load_file(path)
+    try:
+        write_lora(path, tensors)
+        back = load_file(path)
+    except (OSError, SafetensorError) as problem:
+        raise SaveError(f"could not save {path}: {problem}; free some space, then queue again") from problem
     if back.keys() != tensors.keys() or not all(torch.equal(back[key], tensors[key]) for key in tensors):
         path.unlink()
-        raise RuntimeError(f"{path} did not read back as it was written; check the disk and save again")
+        raise SaveError(f"{path} did not read back as it was written; check the disk and save again")
     return path
 
 
