@@ -120,6 +120,15 @@ def trained_score(evaluation: Evaluation, config: RunConfig) -> float:
     return sum(weight * evaluation.means[label] for label, _, weight in map(member, config.rewards))
 
 
+def evaluation_row(evaluation: Evaluation, config: RunConfig) -> dict[str, Any]:
+    """What ``metrics.jsonl`` says of an evaluation."""
+    return {
+        "evaluation": evaluation.means,
+        "evaluation_reward": trained_score(evaluation, config),
+        "evaluation_images": evaluation.num_images,
+    }
+
+
 class Session:
     """One process working on a run, from its start or from its newest checkpoint.
 
@@ -150,8 +159,10 @@ class Session:
         self.clean_up()
         total = self.run.config.training.iterations
         try:
-            if self.learner.iteration == 0:
+            if self.learner.iteration == 0 and not self.run.metrics():
                 yield self.record(Progress(0, total, None, self.evaluate("before")))
+            elif missed := self.missed_evaluation():
+                yield missed
             yield from self.iterations()
         except BaseException:
             self.save()
@@ -192,14 +203,34 @@ class Session:
             self.world,
         )
         for iteration in loop:
-            number = iteration.number
-            due = config.evaluation.every and number % config.evaluation.every == 0
-            name = "after" if number == total else f"step_{number:06d}"
-            evaluation = self.evaluate(name) if number == total or due else None
-            progress = self.record(Progress(number, total, iteration, evaluation))
-            if number % config.saving.every == 0:
+            progress = Progress(iteration.number, total, iteration)
+            try:
+                progress.evaluation = self.due_evaluation(iteration.number)
+            finally:  # when the evaluation is cancelled or fails, the iteration still counts
+                self.record(progress)
+            if iteration.number % config.saving.every == 0:
                 self.save()
             yield progress
+
+    def due_evaluation(self, number: int) -> Evaluation | None:
+        """The evaluation after that iteration, if there is to be one."""
+        every, last = self.run.config.evaluation.every, number == self.training.iterations
+        if last or (every and number % every == 0):
+            return self.evaluate("after" if last else f"step_{number:06d}")
+        return None
+
+    def missed_evaluation(self) -> Progress | None:
+        """Make up for an evaluation that was cut short by what ended the run; its row of metrics is completed."""
+        number, rows = self.learner.iteration, self.run.metrics()
+        if not rows or rows[-1]["iteration"] != number or "evaluation" in rows[-1]:
+            return None
+        evaluation = self.due_evaluation(number)
+        if evaluation is None:
+            return None
+        if self.writes:
+            rows[-1] |= evaluation_row(evaluation, self.run.config)
+            write_text(self.run.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        return Progress(number, self.training.iterations, None, evaluation)
 
     def evaluate(self, name: str) -> Evaluation | None:
         """Score held-out images with the averaged weights and keep a grid of them."""
@@ -241,9 +272,7 @@ class Session:
         if progress.iteration:
             row |= progress.iteration.stats
         if progress.evaluation:
-            row["evaluation"] = progress.evaluation.means
-            row["evaluation_reward"] = trained_score(progress.evaluation, self.run.config)
-            row["evaluation_images"] = progress.evaluation.num_images
+            row |= evaluation_row(progress.evaluation, self.run.config)
         if self.writes:
             path = self.run.folder / "metrics.jsonl"
             try:

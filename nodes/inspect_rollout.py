@@ -4,6 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..engine.errors import errors_named
 from ..engine.knobs import options_of
 from ..engine.models.comfy_run import Encoded, inspect_model
 from ..engine.models.comfy_settings import ComfySettings
@@ -45,7 +46,7 @@ class InspectRollout(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, vae: Any, **inputs: Any) -> io.NodeOutput:
         reward, sampler = inputs["reward"], inputs["sampler"]
-        try:
+        with errors_named("Inspect Rollout"):
             strip = inspect_model(
                 model,
                 vae,
@@ -58,6 +59,4 @@ class InspectRollout(io.ComfyNode):
                 inputs["seed"],
                 inputs["sample_batch"],
             )
-        except ValueError as problem:
-            raise ValueError(f"Inspect Rollout: {problem}") from problem
         return io.NodeOutput(strip.picture, strip.report, ui={"text": [strip.report]})

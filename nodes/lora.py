@@ -6,8 +6,9 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..engine.errors import errors_named
 from ..engine.models.comfy_run import save_lora
-from .widgets import CATEGORY
+from .widgets import CATEGORY, name_problem
 
 
 class SaveLora(io.ComfyNode):
@@ -36,10 +37,12 @@ class SaveLora(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        return name_problem(name)
+
+    @classmethod
     def execute(cls, lora: Any, name: str, keys: str, model: Any = None) -> io.NodeOutput:
         folder = Path(folder_paths.get_folder_paths("loras")[0])
-        try:
+        with errors_named("Save LoRA (GRPO)"):
             path = save_lora(lora, folder, name, keys, model)
-        except ValueError as problem:
-            raise ValueError(f"Save LoRA (GRPO): {problem}") from problem
         return io.NodeOutput(path.name, ui={"text": [f"saved {path.name}"]})

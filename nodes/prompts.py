@@ -6,6 +6,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..engine.errors import errors_named
 from ..engine.prompts import BUILT_IN, load_prompts
 from . import sockets
 from .widgets import CATEGORY
@@ -44,10 +45,8 @@ class TrainingPrompts(io.ComfyNode):
     @classmethod
     def execute(cls, clip: Any, file: str, text: str, negative: str, limit: int) -> io.NodeOutput:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        try:
+        with errors_named("Training Prompts"):
             prompts = load_prompts(lines if file == TEXT_BELOW else file, Path(folder_paths.get_input_directory()))
-        except ValueError as problem:
-            raise ValueError(f"Training Prompts: {problem}") from None
         prompts = prompts[: limit or None]
         encoded = tuple(encode(clip, prompt.text) for prompt in prompts)
         return io.NodeOutput(sockets.EncodedPrompts(tuple(prompts), encoded, encode(clip, negative)))

@@ -4,6 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..engine.errors import errors_named
 from ..engine.rewards import MODES, VARIANTS
 from ..engine.tryout import score_images
 from . import sockets
@@ -105,8 +106,6 @@ class RewardScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: Any, reward: sockets.RewardChoice, prompt: str) -> io.NodeOutput:
-        try:
+        with errors_named("Reward Score"):
             annotated, scores, text = score_images(images, prompt, reward.entries, reward.mode)
-        except ValueError as problem:
-            raise ValueError(f"Reward Score: {problem}") from None
         return io.NodeOutput(annotated, scores, ui={"text": [text]})

@@ -6,6 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..engine.config import EvaluationSettings
+from ..engine.errors import errors_named
 from ..engine.knobs import options_of
 from ..engine.models.comfy_run import Encoded, train_model
 from ..engine.models.comfy_settings import ComfySettings
@@ -13,7 +14,7 @@ from ..engine.train import TrainSettings
 from . import sockets
 from .method import LORA, OPTIMIZER, UPDATE
 from .progress import Follower, runs_folder
-from .widgets import CATEGORY, widgets
+from .widgets import CATEGORY, name_problem, widgets
 
 TRAINING = ("iterations", "groups")
 BATCHES = ("sample_batch", "train_batch")
@@ -43,8 +44,12 @@ class TrainLoop(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, run_name: str | None = None) -> bool | str:
+        return name_problem(run_name)
+
+    @classmethod
     def execute(cls, model: Any, vae: Any, **inputs: Any) -> io.NodeOutput:
-        try:
+        with errors_named("GRPO Train Loop"):
             trained = train_model(
                 model,
                 vae,
@@ -56,9 +61,8 @@ class TrainLoop(io.ComfyNode):
                 inputs["resume"],
                 Follower(cls.hidden.unique_id),
             )
-        except ValueError as problem:
-            raise ValueError(f"GRPO Train Loop: {problem}") from problem
-        return io.NodeOutput(*trained)
+        *outputs, run = trained
+        return io.NodeOutput(*outputs, ui={"text": [f"run {run.folder.name}"], "run": [run.folder.name]})
 
 
 def links() -> list[Any]:

@@ -5,9 +5,18 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..engine.config import check_name
 from ..engine.knobs import Choice, Knob, Option
 
 CATEGORY = "DenseGRPO"
+
+
+def name_problem(name: str | None) -> str | bool:
+    """For ``validate_inputs``: True, or why that is no file or folder name; None comes over a link, checked later."""
+    try:
+        return name is None or bool(check_name(name))
+    except ValueError as problem:
+        return str(problem)
 
 
 def widget(name: str, option: Option) -> Any:
