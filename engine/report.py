@@ -52,11 +52,16 @@ def table(evaluations: Sequence[dict[str, Any]]) -> str:
         return ""
     first, last = evaluations[0], evaluations[-1]
     lines = [
-        f"<tr><td>{html.escape(name)}</td><td>{first['evaluation'][name]:.3f}</td><td>{value:.3f}</td></tr>"
+        f"<tr><td>{html.escape(name)}</td><td>{shown(first['evaluation'][name])}</td><td>{shown(value)}</td></tr>"
         for name, value in last["evaluation"].items()
     ]
     head = f"<tr><th>held-out mean of {last['evaluation_images']} images</th><th>before</th><th>after</th></tr>"
     return f"<table>{head}{''.join(lines)}</table>"
+
+
+def shown(value: float | None) -> str:
+    """Three digits, or a dash where no image could be scored."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def picture(title: str, png: bytes) -> str:
@@ -83,13 +88,13 @@ def figure(title: str, draw: Callable[[Any, Sequence[dict[str, Any]]], None], ro
 
 def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
     """One number per row."""
-    return np.array([row[name] for row in rows], dtype=float)
+    return np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=float)
 
 
 def held_out_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Mean of each reward at each evaluation."""
     for name in rows[-1]["evaluation"]:
-        axes.plot(column(rows, "iteration"), [row["evaluation"][name] for row in rows], "o-", label=name)
+        axes.plot(column(rows, "iteration"), column([row["evaluation"] for row in rows], name), "o-", label=name)
     axes.legend()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -129,6 +130,15 @@ def evaluation_row(evaluation: Evaluation, config: RunConfig) -> dict[str, Any]:
     }
 
 
+def finite(value: Any) -> Any:
+    """The same with null for numbers that are none: JSON has no NaN, and browsers refuse it."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Session:
     """One process working on a run, from its start or from its newest checkpoint.
 
@@ -229,7 +239,7 @@ class Session:
             return None
         if self.writes:
             rows[-1] |= evaluation_row(evaluation, self.run.config)
-            write_text(self.run.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(self.run.folder / "metrics.jsonl", "".join(json.dumps(finite(row)) + "\n" for row in rows))
         return Progress(number, self.training.iterations, None, evaluation)
 
     def evaluate(self, name: str) -> Evaluation | None:
@@ -277,7 +287,7 @@ class Session:
             path = self.run.folder / "metrics.jsonl"
             try:
                 with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(finite(row)) + "\n")
             except OSError as problem:
                 raise SaveError(f"could not write {path}: {problem}; free some space, then resume the run") from problem
         return progress
@@ -305,8 +315,8 @@ class Session:
             "densegrpo.iterations": str(self.learner.iteration),
         }
         if rows:
-            metadata["densegrpo.held_out_reward_before"] = f"{rows[0]['evaluation_reward']:.4f}"
-            metadata["densegrpo.held_out_reward_after"] = f"{rows[-1]['evaluation_reward']:.4f}"
+            metadata["densegrpo.held_out_reward_before"] = str(rows[0]["evaluation_reward"])
+            metadata["densegrpo.held_out_reward_after"] = str(rows[-1]["evaluation_reward"])
         with self.learner.averaged() as lora:
             return tensors_of(lora, self.model.lora_prefix, metadata)
 

@@ -60,7 +60,7 @@ def stopped(run: Run, session: Session, reason: BaseException) -> str:
 
 def summary(run: Run) -> None:
     """The closing line: held-out reward before and after."""
-    rows = [row for row in run.metrics() if "evaluation_reward" in row]
+    rows = [row for row in run.metrics() if row.get("evaluation_reward") is not None]
     if rows:
         base, trained = rows[0]["evaluation_reward"], rows[-1]["evaluation_reward"]
         images = rows[-1]["evaluation_images"]

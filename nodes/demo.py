@@ -19,9 +19,13 @@ class LoadDemoModel(io.ComfyNode):
             "64 x 64 pixels, e.g. 'a red circle left of a blue square'.",
             inputs=[],
             outputs=[
-                io.Model.Output("model", tooltip="Diffusion model; sample it with cfg 1 at 64 x 64 pixels."),
-                io.Clip.Output("clip", tooltip="Text encoder; knows colours, shapes, numbers and places."),
-                io.Vae.Output("vae", tooltip="Latents to pixels."),
+                io.Model.Output(
+                    "model", display_name="model", tooltip="Diffusion model; sample it with cfg 1 at 64 x 64 pixels."
+                ),
+                io.Clip.Output(
+                    "clip", display_name="clip", tooltip="Text encoder; knows colours, shapes, numbers and places."
+                ),
+                io.Vae.Output("vae", display_name="vae", tooltip="Latents to pixels."),
             ],
         )
 

@@ -34,12 +34,19 @@ class InspectRollout(io.ComfyNode):
                 sockets.Sampler.Input("sampler", tooltip="How to explore."),
                 sockets.Probe.Input("probe", optional=True, tooltip="Which steps are scored; none: the last one."),
                 *widgets(options_of(ComfySettings), ("width", "height", "cfg", "guidance")),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, tooltip="Another seed, other noise."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=False,
+                    tooltip="Another seed, other noise.",
+                ),
                 *widgets(options_of(TrainSettings), ("sample_batch",)),
             ],
             outputs=[
-                io.Image.Output("picture", tooltip="The group, step by step."),
-                io.String.Output("report", tooltip="Mean reward of each state."),
+                io.Image.Output("picture", display_name="picture", tooltip="The group, step by step."),
+                io.String.Output("report", display_name="report", tooltip="Mean reward of each state."),
             ],
         )
 

@@ -33,7 +33,7 @@ class SaveLora(io.ComfyNode):
                 ),
                 io.Model.Input("model", optional=True, tooltip="The model it was trained on; only for diffusers keys."),
             ],
-            outputs=[io.String.Output("path", tooltip="File name as the LoRA loaders list it.")],
+            outputs=[io.String.Output("path", display_name="path", tooltip="File name as the LoRA loaders list it.")],
         )
 
     @classmethod

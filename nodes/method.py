@@ -30,7 +30,7 @@ class DenseSampler(io.ComfyNode):
             category=f"{CATEGORY}/method",
             description="Explore with noise at every denoising step but the last.",
             inputs=[*steps, *widgets(recipe_options("flow_grpo"), EXPLORATION)],
-            outputs=[sockets.Sampler.Output("sampler")],
+            outputs=[sockets.Sampler.Output("sampler", display_name="sampler")],
         )
 
     @classmethod
@@ -50,7 +50,7 @@ class RewardProbe(io.ComfyNode):
             description="DenseGRPO: finish every state by ODE, score it, and pay each step the reward it added. "
             "Without a probe all steps get the final reward (Flow-GRPO).",
             inputs=widgets(recipe_options("dense_grpo"), ("probe_evaluations",)),
-            outputs=[sockets.Probe.Output("probe")],
+            outputs=[sockets.Probe.Output("probe", display_name="probe")],
         )
 
     @classmethod
@@ -74,7 +74,7 @@ class PolicyUpdate(io.ComfyNode):
                 *widgets(recipe_options("dense_grpo"), UPDATE),
                 *widgets(options_of(OptimizerSettings), OPTIMIZER[1:]),
             ],
-            outputs=[sockets.Update.Output("update")],
+            outputs=[sockets.Update.Output("update", display_name="update")],
         )
 
     @classmethod

@@ -39,7 +39,7 @@ class TrainingPrompts(io.ComfyNode):
                 io.String.Input("negative", default="", tooltip="Negative prompt, as in ordinary sampling."),
                 io.Int.Input("limit", default=0, min=0, max=100_000, tooltip="Use only the first so many; 0 = all."),
             ],
-            outputs=[sockets.Prompts.Output("prompts")],
+            outputs=[sockets.Prompts.Output("prompts", display_name="prompts")],
         )
 
     @classmethod

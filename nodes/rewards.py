@@ -99,8 +99,8 @@ class RewardScore(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("annotated", tooltip="The images with their scores."),
-                io.Float.Output("scores", is_output_list=True, tooltip="One number per image."),
+                io.Image.Output("annotated", display_name="annotated", tooltip="The images with their scores."),
+                io.Float.Output("scores", display_name="scores", is_output_list=True, tooltip="One number per image."),
             ],
         )
 

@@ -36,10 +36,18 @@ class TrainLoop(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             inputs=[*links(), *numbers()],
             outputs=[
-                io.Model.Output("model_with_lora", tooltip="The model with the trained LoRA applied."),
-                io.LoraModel.Output("lora", tooltip="For Save LoRA (GRPO), and the stock LoRA nodes."),
-                io.Image.Output("curve", tooltip="Learning curve."),
-                io.Image.Output("before_after", tooltip="Held-out images before and after training."),
+                io.Model.Output(
+                    "model_with_lora",
+                    display_name="model_with_lora",
+                    tooltip="The model with the trained LoRA applied.",
+                ),
+                io.LoraModel.Output(
+                    "lora", display_name="lora", tooltip="For Save LoRA (GRPO) and the stock LoRA nodes."
+                ),
+                io.Image.Output("curve", display_name="curve", tooltip="Learning curve."),
+                io.Image.Output(
+                    "before_after", display_name="before_after", tooltip="Held-out images before and after."
+                ),
             ],
         )
 

@@ -157,10 +157,11 @@ def with_lora(model: Any, lora: Mapping[str, Tensor]) -> Any:
 def curve_of(run: Run) -> Tensor:
     """Learning curve as IMAGE."""
     rows = run.metrics()
-    lines = {"training reward": [(row["iteration"], row["reward"]) for row in rows if "reward" in row]}
+    lines = {"training reward": [(row["iteration"], row["reward"]) for row in rows if row.get("reward") is not None]}
     for name in next((list(row["evaluation"]) for row in rows if "evaluation" in row), []):
         label = f"held-out {name.removeprefix('held-out/')}"
-        lines[label] = [(row["iteration"], row["evaluation"][name]) for row in rows if "evaluation" in row]
+        scored = [row for row in rows if row.get("evaluation", {}).get(name) is not None]
+        lines[label] = [(row["iteration"], row["evaluation"][name]) for row in scored]
     return to_tensor(plot(run.config.name, lines)).movedim(0, -1)[None]
 
 

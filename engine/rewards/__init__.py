@@ -118,7 +118,8 @@ def make_panel(entries: Sequence[Mapping[str, Any]], mode: str = "each") -> Pane
 def member(entry: Mapping[str, Any], prefix: str = "") -> tuple[str, Reward, float]:
     """(label, reward, weight); the label tells equal rewards with other options apart."""
     options = {k: v for k, v in entry.items() if k not in ("name", "weight")}
-    label = prefix + " ".join([entry["name"], *(str(v) for v in options.values())])
+    plain = " ".join([entry["name"], *(str(v) for v in options.values())])
+    label = prefix + next((k for k, v in VARIANTS.items() if v == {"name": entry["name"], **options}), plain)
     return label, make_reward(entry["name"], **options), float(entry.get("weight", 1.0))
 
 

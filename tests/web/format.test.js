@@ -1,0 +1,69 @@
+// @ts-check
+// node --test tests/web/
+import assert from "node:assert/strict";
+import test from "node:test";
+
+import { append, change, duration, newest, remaining, summary } from "../../web/format.js";
+
+const before = { iteration: 0, evaluation: { jpeg: -2, "held-out/shapes strict": 0.5 } };
+const first = { iteration: 1, reward: 0.4, seconds: 3 };
+const second = { iteration: 2, reward: 0.6, seconds: 5, evaluation: { jpeg: -1.5, "held-out/shapes strict": 0.75 } };
+
+test("durations have minutes, and hours only when needed", () => {
+  assert.equal(duration(0), "0:00");
+  assert.equal(duration(65.4), "1:05");
+  assert.equal(duration(59.6), "1:00");
+  assert.equal(duration(3600 + 62), "1:01:02");
+});
+
+test("a change names both ends, one number only itself", () => {
+  assert.equal(change([0.1]), "0.100");
+  assert.equal(change([0.1, 0.9, 0.25]), "0.100 -> 0.250");
+});
+
+test("the remaining time follows the last five iterations", () => {
+  const rows = [...Array(10).keys()].map((i) => ({ iteration: i + 1, seconds: i < 5 ? 100 : 2 }));
+  assert.equal(remaining({ run: "r", total: 40, rows }), "1:00 left");
+});
+
+test("nothing remains at the end, and nothing is known before the first iteration", () => {
+  assert.equal(remaining({ run: "r", total: 2, rows: [first, second] }), "");
+  assert.equal(remaining({ run: "r", total: 2, rows: [before] }), "");
+});
+
+test("a summary holds training, held-out and time", () => {
+  const text = summary({ run: "my_run", total: 4, rows: [before, first, second] });
+  assert.deepEqual(text.split("\n"), [
+    "my_run: iteration 2 of 4",
+    "training reward 0.400 -> 0.600",
+    "held-out jpeg -2.000 -> -1.500",
+    "held-out shapes strict 0.500 -> 0.750",
+    "0:08 left",
+  ]);
+});
+
+test("a run without any row or any number has a summary too", () => {
+  assert.equal(summary({ run: "r", total: 4, rows: [] }), "r: iteration 0 of 4");
+  assert.equal(summary({ run: "r", total: 4, rows: [{ iteration: 0 }] }), "r: iteration 0 of 4");
+});
+
+test("a node shows the run it would continue, or the last one of its name", () => {
+  const runs = ["demo", "demo_10", "demo_2", "demo_b", "demolition"];
+  assert.equal(newest(runs, "demo", true), "demo");
+  assert.equal(newest(runs, "demo", false), "demo_10");
+  assert.equal(newest(runs, "demo_b", false), "demo_b");
+  assert.equal(newest(runs, "new", true), undefined);
+  assert.equal(newest(runs, "new", false), undefined);
+});
+
+test("a row is added only right after its predecessor in the same run", () => {
+  const status = { run: "r", total: 4, rows: [before, first] };
+  assert.deepEqual(append(status, { run: "r", total: 8, row: second }), {
+    run: "r",
+    total: 8,
+    rows: [before, first, second],
+  });
+  assert.equal(append(status, { run: "other", total: 4, row: second }), null);
+  assert.equal(append(status, { run: "r", total: 4, row: first }), null);
+  assert.equal(append(undefined, { run: "r", total: 4, row: before }), null);
+});

@@ -1,0 +1,109 @@
+// @ts-check
+/** What our nodes show beyond the stock frontend: results as text on the node, and a run's state after a reload. */
+// @ts-ignore served by the host
+import { api } from "../../scripts/api.js";
+// @ts-ignore served by the host
+import { app } from "../../scripts/app.js";
+import { append, newest, summary } from "./format.js";
+
+/** @typedef {import("./format.js").Status} Status */
+
+const TRAIN_LOOP = "DenseGRPOTrainLoop";
+const WITH_TEXT = ["DenseGRPORewardScore", "DenseGRPOInspectRollout", "DenseGRPOSaveLoRA"];
+const NOT_STARTED = "no progress to show yet";
+const LINE_HEIGHT = 15;
+const MOST_LINES = 8; // then it scrolls
+const MARGIN = 10;
+
+/** Text elements, and what is known of their runs, by node. @type {WeakMap<object, HTMLElement>} */
+const elements = new WeakMap();
+/** @type {WeakMap<object, Status>} */
+const statuses = new WeakMap();
+
+/** A read-only text below the widgets of a node; made when there is something to say. @param {any} node */
+function textOf(node) {
+  const known = elements.get(node);
+  if (known) return known;
+  const element = document.createElement("div");
+  element.className = "densegrpo-text";
+  element.style.cssText =
+    `font: 11px/${LINE_HEIGHT}px monospace; white-space: pre-wrap; overflow: auto; padding: 4px 6px; ` +
+    "box-sizing: border-box; color: var(--input-text); background: var(--comfy-input-bg); border-radius: 4px; " +
+    "user-select: text";
+  const lines = () => Math.min(MOST_LINES, (element.textContent ?? "").split("\n").length);
+  const height = () => LINE_HEIGHT * lines() + 8 + 2 * MARGIN;
+  const options = { serialize: false, margin: MARGIN, getMinHeight: height, getMaxHeight: height };
+  // `options.serialize` keeps it out of the prompt, `widget.serialize` out of the saved workflow.
+  node.addDOMWidget("densegrpo_text", "densegrpo_text", element, options).serialize = false;
+  elements.set(node, element);
+  return element;
+}
+
+/** Write on a node, which grows when it has to. @param {any} node @param {string} text */
+function show(node, text) {
+  textOf(node).textContent = text;
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+  node.setDirtyCanvas(true, true);
+}
+
+/** Keep and show what is known of a run. @param {any} node @param {Status} status */
+function showStatus(node, status) {
+  statuses.set(node, status);
+  show(node, summary(status));
+}
+
+/** Ask the host for a run. @param {any} node @param {string} run */
+async function refresh(node, run) {
+  const answer = await api.fetchApi(`/densegrpo/status?run=${encodeURIComponent(run)}`);
+  if (answer.ok) showStatus(node, await answer.json());
+}
+
+/** Show the run that a node of a loaded workflow belongs to, if it has one. @param {any} node */
+async function rebuild(node) {
+  const value = (/** @type {string} */ name) => node.widgets.find((/** @type {any} */ w) => w.name === name).value;
+  const answer = await api.fetchApi("/densegrpo/status");
+  const run = newest((await answer.json()).runs, value("run_name"), value("resume"));
+  if (run) await refresh(node, run);
+  else show(node, NOT_STARTED);
+}
+
+/** The node of an execution id, which is a path through subgraphs such as "5:3". @param {string} id */
+function nodeOf(id) {
+  let graph = app.graph;
+  let node = null;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(Number(part)) ?? null;
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+app.registerExtension({
+  name: "DenseGRPO.Nodes",
+
+  setup() {
+    api.addEventListener("densegrpo.progress", (/** @type {CustomEvent} */ { detail }) => {
+      const node = nodeOf(detail.node);
+      if (node?.comfyClass !== TRAIN_LOOP) return; // another workflow is open
+      const status = append(statuses.get(node), detail);
+      if (status) showStatus(node, status);
+      else refresh(node, detail.run);
+    });
+  },
+
+  nodeCreated(/** @type {any} */ node) {
+    // At once, so that it stands above the preview, which the stock frontend adds while the node runs.
+    if (node.comfyClass === TRAIN_LOOP) show(node, NOT_STARTED);
+    if (!WITH_TEXT.includes(node.comfyClass)) return;
+    const before = node.onExecuted;
+    node.onExecuted = function (/** @type {any} */ output) {
+      before?.apply(this, arguments);
+      if (output?.text) show(this, output.text.join("\n"));
+    };
+  },
+
+  loadedGraphNode(/** @type {any} */ node) {
+    if (node.comfyClass === TRAIN_LOOP) rebuild(node);
+  },
+});
