@@ -81,6 +81,7 @@ def train_model(
         for progress in session.execute():
             follow(session, progress)
         lora = session.trained()
+        lora.metadata["densegrpo.base_model"] = type(model.model).__name__
     return Trained(with_lora(model, lora), lora, curve_of(run), samples_of(run), run)
 
 
