@@ -127,8 +127,10 @@ def pick_prompts(num_prompts: int, groups: int, seed: int, iteration: int) -> li
 def normalise(recipe: Recipe, credit: Tensor, rewards: StepRewards, plan: Plan, world: World) -> Advantages:
     """Advantages of this process's chains, with statistics over all processes."""
     slot = torch.tensor([key[2] for key in plan.key])
-    group = plan.group - plan.group.min() + slot * (int(plan.group.max()) + 1)
-    everyone = recipe.normalise(world.gather(credit, 1), rewards, world.gather(group), world.gather(plan.train))
+    # Processes number their groups alike; with its slot, which only one of them has, a group is unmistakable.
+    names = torch.stack([world.gather(slot), world.gather(plan.group)], 1)
+    group = names.unique(dim=0, return_inverse=True)[1]
+    everyone = recipe.normalise(world.gather(credit, 1), rewards, group, world.gather(plan.train))
     counts = world.gather(torch.tensor([len(slot)])).tolist()
     start = sum(counts[: world.rank])
     mine = slice(start, start + len(slot))

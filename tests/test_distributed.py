@@ -39,12 +39,11 @@ def numbers(folder):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scope", ["group", "global"])
-def test_two_processes_learn_what_one_learns(tmp_path, scope):
-    """Three groups on two processes: unequal shares on purpose."""
+def on_one_and_on_two(tmp_path, scope, groups):
+    """The folders of the same run, after every metric was found equal."""
     path = tmp_path / "shared.json"
-    path.write_text(json.dumps(CONFIG | {"method": CONFIG["method"] | {"std_scope": scope}}))
+    changes = {"method": CONFIG["method"] | {"std_scope": scope}, "training": CONFIG["training"] | {"groups": groups}}
+    path.write_text(json.dumps(CONFIG | changes))
     assert cli.main(["train", str(path), "--out", str(tmp_path / "one")]) == 0
     launch(2, "train", path, "--out", tmp_path / "two")
     one, two = tmp_path / "one" / "shared", tmp_path / "two" / "shared"
@@ -53,9 +52,24 @@ def test_two_processes_learn_what_one_learns(tmp_path, scope):
         assert (a.pop("processes", 1.0), b.pop("processes", 2.0)) == (1.0, 2.0)
         for name in a:
             assert b[name] == pytest.approx(a[name], abs=1e-5), name
+    return one, two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["group", "global"])
+def test_two_processes_learn_what_one_learns(tmp_path, scope):
+    """Three groups on two processes: unequal shares on purpose."""
+    one, two = on_one_and_on_two(tmp_path, scope, groups=3)
     mine, theirs = load_file(one / "lora.safetensors"), load_file(two / "lora.safetensors")
     for name, value in mine.items():
         torch.testing.assert_close(theirs[name], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["group", "global"])
+def test_groups_of_different_processes_are_never_mixed(tmp_path, scope):
+    """Five groups: with numbers made from each process's own count, two of them were once the same."""
+    on_one_and_on_two(tmp_path, scope, groups=5)
 
 
 @pytest.mark.slow

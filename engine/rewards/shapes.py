@@ -91,7 +91,7 @@ def detect(images: Tensor) -> list[list[Detection]]:
     masks = one_hot(nearest, len(palette))[..., :-1].mT.unflatten(2, images.shape[-2:]).bool()
     image, colour = (masks.flatten(2).float().mean(2) >= MIN_AREA).nonzero(as_tuple=True)
     found: list[list[Detection]] = [[] for _ in images]
-    # A few planes at a time: their label maps fit the cache, five times faster than all at once.
+    # A few planes at a time: their label maps then fit the cache.
     for start in range(0, len(image), 16):
         planes = slice(start, start + 16)
         labels = components(masks[image[planes], colour[planes]])
