@@ -27,26 +27,20 @@ from .random_weights import SHAPES, RandomModel, Shape
 from .recipes import Recipe, make_recipe
 from .rewards import Panel, make_reward
 from .rollout import finish_by_ode, rollout
-from .train import Clock, TrainSettings, train
+from .train import Clock, Counted, TrainSettings, train
 
 METHODS = ("flow_grpo", "dense_grpo")
 
 
-class Counted:
-    """A model that counts what it is asked."""
+class CallCounted(Counted):
+    """Also counts the batched calls."""
 
-    def __init__(self, model: FlowModel):
-        self.model = model
-        self.evaluations = self.calls = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+    calls = 0
 
     def velocity(self, x: Tensor, sigma: Tensor, cond: Any, rows: Tensor) -> Tensor:
         """Count and pass on."""
-        self.evaluations += len(x)
         self.calls += 1
-        return self.model.velocity(x, sigma, cond, rows)
+        return super().velocity(x, sigma, cond, rows)
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
@@ -64,7 +58,7 @@ def best_seconds(work: Callable[[], object], device: torch.device, repeats: int 
 def one_group(model: FlowModel, recipe: Recipe, num_steps: int) -> tuple[Plan, Tensor]:
     """The plan of one prompt and the schedule."""
     sigmas = model.schedule(num_steps)
-    return join([recipe.explore(model.latent_shape, sigmas, (0, 0, 0))]), sigmas
+    return join([recipe.plan(model.latent_shape, sigmas, (0, 0, 0))]), sigmas
 
 
 def probe_one_by_one(model: FlowModel, cond: Any, traj: Trajectory, chunk: int) -> None:
@@ -79,7 +73,7 @@ def count_table(model: FlowModel, cond: Any, num_steps: int, group_size: int) ->
     for name in METHODS:
         recipe = make_recipe(name, group_size=group_size)
         plan, sigmas = one_group(model, recipe, num_steps)
-        counted: Any = Counted(model)
+        counted: Any = CallCounted(model)
         _, finals = rollout(counted, cond, plan, sigmas, recipe.kernel, recipe.probe, chunk=10**6)
         say(
             f"  {name:12} {counted.evaluations:6} evaluations  {counted.calls:4} calls  {len(finals.latents):5} images"
@@ -137,7 +131,7 @@ def train_table(model: FlowModel, cond: Any, prompts: list[Prompt], panel: Panel
     say(f"best forward rate {floor:.0f} evaluations/s; a trained transition counts 3 (forward and backward)")
     for name in METHODS:
         recipe = make_recipe(name, group_size=12)
-        counted: Any = Counted(model)
+        counted: Any = CallCounted(model)
         clock = Clock(model.device)
         plan, sigmas = one_group(model, recipe, settings.num_steps)
         _, finals = rollout(counted, cond, plan, sigmas, recipe.kernel, recipe.probe, settings.sample_batch)

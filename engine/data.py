@@ -76,7 +76,10 @@ class Finals:
     prompt: Tensor
     """[N] index of each latent's prompt."""
     index: Tensor
-    """[S, B, T+1] the latent that finishes state ``k`` of chain ``b`` on grid ``s``; -1 where not probed."""
+    """[S, B, T+1] the latent that finishes state ``k`` of chain ``b`` on grid ``s``; -1 where not probed.
+
+    State T is the end of every chain.
+    """
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """The processes that share a run: whole groups each, gradients added, statistics gathered."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +27,10 @@ class World(Protocol):
         """Until all processes are here."""
         ...
 
+    def leave(self) -> None:
+        """Let the others go; nothing can be asked of them afterwards."""
+        ...
+
 
 class Solo:
     """One process."""
@@ -41,6 +47,9 @@ class Solo:
 
     def wait(self) -> None:
         """Nobody to wait for."""
+
+    def leave(self) -> None:
+        """Nobody to leave."""
 
 
 class Accelerated:
@@ -67,6 +76,20 @@ class Accelerated:
     def wait(self) -> None:
         """Barrier."""
         self.accelerator.wait_for_everyone()
+
+    def leave(self) -> None:
+        """Stop the threads of the process group; left running, one of them now and then aborts a process that ends."""
+        self.accelerator.end_training()
+
+
+@contextmanager
+def shared_world() -> Iterator[World]:
+    """The processes around this one; they are left when the work within ends or fails."""
+    world = join_world()
+    try:
+        yield world
+    finally:
+        world.leave()
 
 
 def join_world() -> World:

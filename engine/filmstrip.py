@@ -44,7 +44,7 @@ def look(
     Draws at most ``chains`` chains. Under each picture stands its reward and what the step before added.
     """
     sigmas = model.schedule(num_steps)
-    plan = join([recipe.explore(model.latent_shape, sigmas, (seed, 0, 0))])
+    plan = join([recipe.plan(model.latent_shape, sigmas, (seed, 0, 0))])
     _, finals = rollout(model, cond, plan, sigmas, recipe.kernel, recipe.probe, batch)
     panel.validate([prompt])
     rewards, _, _ = score(model, finals, [prompt], panel, batch, untimed)

@@ -1,6 +1,7 @@
 """Documented, bounded options. One declaration gives the check, the error text, the CLI help and the widget.
 
-An option is a parameter of a function or a field of a dataclass, annotated with a ``Knob``, ``Choice`` or ``Text``.
+An option is a parameter of a function or a field of a dataclass, annotated with a ``Knob``, ``Choice``, ``Text``,
+``Numbers`` or ``Table``.
 """
 
 import inspect
@@ -46,11 +47,37 @@ class Text(NamedTuple):
         return None if isinstance(value, str) else f"({self.tip}) must be a text"
 
 
+class Numbers(NamedTuple):
+    """Limits and meaning of a few whole numbers, written ``1, 2, 3``."""
+
+    low: int
+    high: int
+    tip: str
+
+    def wrong(self, value: Any, kind: type) -> str | None:
+        """What is wrong with ``value``, or None."""
+        try:
+            known = all(self.low <= number <= self.high for number in whole_numbers(value))
+        except (AttributeError, ValueError):
+            known = False
+        return None if known else f'({self.tip}) must be whole numbers in {self.low}..{self.high} such as "1, 2, 3"'
+
+
+class Table(NamedTuple):
+    """Meaning of a noise table: the contents of a file that ``densegrpo calibrate`` wrote, or None."""
+
+    tip: str
+
+    def wrong(self, value: Any, kind: type) -> str | None:
+        """What is wrong with ``value``, or None."""
+        return noise_table_problem(value) and f"({self.tip}) {noise_table_problem(value)}"
+
+
 class Option(NamedTuple):
     """One option of a function or dataclass."""
 
     kind: type
-    limits: Knob | Choice | Text
+    limits: Knob | Choice | Text | Numbers | Table
     default: Any
 
 
@@ -59,12 +86,44 @@ def flag(tip: str) -> Choice:
     return Choice((False, True), tip)
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """``"1, 2, 3"`` -> (1, 2, 3). Raises ValueError for anything else."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def noise_table_problem(value: Any) -> str | None:
+    """What is wrong with a noise table, or None."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        return "must be a noise table made by `densegrpo calibrate`"
+    columns: list[Any] = [value.get(key) for key in ("sigmas", "rates")]
+    plain = all(isinstance(c, list) and all(type(n) in (int, float) and 0 <= n < 100 for n in c) for c in columns)
+    if not plain or len(columns[0]) != len(columns[1]) + 1 or value.get("kernel") not in ("sde", "cps"):
+        return (
+            'must be a noise table made by `densegrpo calibrate`: "kernel", T+1 "sigmas" and T "rates", all in 0..100'
+        )
+    return None
+
+
 GroupSize = Annotated[int, Knob(2, 128, "images compared with each other")]
 Noise = Annotated[float, Knob(0.01, 2.0, "how much noise a stochastic step injects")]
 Fraction = Annotated[float, Knob(0.0, 1.0, "part of the noisy steps that is trained")]
 Evaluations = Annotated[int, Knob(0, 64, "Euler steps a probe may take; 0 = the whole remaining schedule")]
 KernelName = Annotated[str, Choice(("sde", "cps"), "how a noisy step looks")]
 SharedNoise = Annotated[bool, flag("start all images of a group from the same noise")]
+NoiseTable = Annotated[Any, Table("calibrated noise of each step, which replaces ``noise``")]
+WindowSize = Annotated[int, Knob(1, 99, "how many steps in a row are noisy and trained")]
+WindowFirst = Annotated[int, Knob(0, 98, "earliest step of the window")]
+WindowEnd = Annotated[int, Knob(0, 99, "the window stays before this step; 0 = anywhere")]
+WindowEvery = Annotated[int, Knob(0, 100_000, "iterations until the window moves one step; 0 = it stays at the start")]
+RollBack = Annotated[bool, flag("a window that came to the end starts over; otherwise it stays there")]
+TailShare = Annotated[float, Knob(0.01, 1.0, "part of the steps after the window that is taken")]
+TailSolver = Annotated[str, Choice(("euler", "dpm2m"), "how the steps after the window are solved")]
+Seeds = Annotated[int, Knob(1, 64, "starting noises per prompt")]
+BranchShare = Annotated[float, Knob(0.01, 1.0, "part of the steps, from the first on, where chains branch")]
+AcrossSeeds = Annotated[bool, flag("compare the branches of one step over all starting noises of the prompt")]
+Strides = Annotated[str, Numbers(1, 16, "each branch is finished on every n-th noise level, for each of these n")]
 
 
 def options_of(owner: Callable[..., Any]) -> dict[str, Option]:

@@ -26,6 +26,24 @@ def at_most(num_evaluations: int) -> Grid:
     return grid
 
 
+def every_nth(stride: int) -> Grid:
+    """Every ``stride``-th remaining level, and sigma 0 (G2RPO, arXiv 2510.01982; the authors' code may miss 0)."""
+
+    def grid(k: int, num_steps: int) -> Sequence[int]:
+        return [*range(k, num_steps, stride), num_steps]
+
+    return grid
+
+
+def share(part: float) -> Grid:
+    """That part of the remaining steps, rounded, at least one, evenly spread (MixGRPO-Flash: 0.4)."""
+
+    def grid(k: int, num_steps: int) -> Sequence[int]:
+        return at_most(max(1, round(part * (num_steps - k))))(k, num_steps)
+
+    return grid
+
+
 def terminal_state(plan: Plan) -> Tensor:
     """Only the image of each chain itself."""
     wanted = torch.zeros(len(plan.root), plan.rate.shape[1] + 1, dtype=torch.bool)
@@ -36,6 +54,13 @@ def terminal_state(plan: Plan) -> Tensor:
 def all_states(plan: Plan) -> Tensor:
     """Each state of each chain (DenseGRPO, arXiv 2601.20218, eq. 8-9)."""
     return torch.ones(len(plan.root), plan.rate.shape[1] + 1, dtype=torch.bool)
+
+
+def after_noise(plan: Plan) -> Tensor:
+    """The state after the last noisy step of each chain: all that follows is decided."""
+    num_steps = plan.rate.shape[1]
+    last_noisy = plan.rate.gt(0).int().cumsum(1).argmax(1)
+    return torch.nn.functional.one_hot(last_noisy + 1, num_steps + 1).bool()
 
 
 TERMINAL = Probe(terminal_state, (full,))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .data import Gaussian, Plan, StepRewards, Trajectory
+from .data import Gaussian, Plan, StepRewards
 from .lora import Lora
 from .randomness import Key
 
@@ -90,7 +90,7 @@ Rate = Callable[[Tensor], Tensor]
 """sigmas [T+1] -> noise rate of each step [T]."""
 
 Explore = Callable[[tuple[int, ...], Tensor, Key], Plan]
-"""(latent_shape, sigmas, key of the group) -> the plan of one prompt."""
+"""(latent_shape, noise rate of each step [T], key of the group) -> the plan of one prompt."""
 
 Grid = Callable[[int, int], Sequence[int]]
 """(state k, T) -> indices of the noise levels that finish it, k first, T last."""
@@ -103,10 +103,9 @@ class Probe(NamedTuple):
     """plan -> [B, T+1] bool."""
     grids: tuple[Grid, ...]
     """One granularity each."""
+    solver: str = "euler"
+    """How tails are finished, see ``SOLVERS`` in wave.py."""
 
 
-Credit = Callable[[StepRewards], Tensor]
-"""[V, B, T+1] rewards of states -> [V, B, T] credit of steps."""
-
-StepWeight = Callable[[Trajectory], Tensor]
-"""-> [B, T] factor on the policy loss."""
+Credit = Callable[[StepRewards, Tensor], Tensor]
+"""([V, B, T+1] rewards of states, [B] group of each chain) -> [V, B, T] credit of steps."""

@@ -25,6 +25,8 @@ class Purpose(IntEnum):
     EVALUATION = 5
     LORA = 6
     SHUFFLE = 7
+    WINDOW = 8
+    CALIBRATION = 9
 
 
 def rng(

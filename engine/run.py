@@ -180,6 +180,7 @@ class Session:
         self.save()
         if self.writes:
             self.report()
+        self.world.wait()
 
     def iterations(self) -> Iterator[Progress]:
         """The training iterations; with smaller batches when memory runs out."""

@@ -56,18 +56,21 @@ def flow_rate(a: float) -> Rate:
     return rate
 
 
-def table_rate(rates: Tensor) -> Rate:
-    """DenseGRPO: one calibrated rate per step, [T] (arXiv 2601.20218, eq. 11).
+def table_rate(rates: Tensor, sigmas: Tensor) -> Rate:
+    """DenseGRPO (arXiv 2601.20218, eq. 11): calibrated rates of the steps [T], for the noise levels ``sigmas`` [T+1].
 
-    Raises ValueError when the schedule has another number of steps.
+    Raises ValueError when it is used with another schedule.
     """
 
-    def rate(sigmas: Tensor) -> Tensor:
-        if len(rates) != len(sigmas) - 1:
+    def rate(used: Tensor) -> Tensor:
+        if len(rates) != len(used) - 1:
             raise ValueError(
-                f"the noise table has {len(rates)} rates but the schedule has {len(sigmas) - 1} steps; "
+                f"the noise table has {len(rates)} rates but the schedule has {len(used) - 1} steps; "
                 "calibrate again or use the table's number of steps"
             )
+        if not torch.allclose(used.cpu(), sigmas, atol=1e-4):
+            levels = ", ".join(f"{s:.3f}" for s in used.tolist())
+            raise ValueError(f"the noise table belongs to other noise levels than {levels}; calibrate again")
         return rates
 
     return rate

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor
@@ -75,9 +75,11 @@ def train(
     iteration could be scored.
     """
     world = world or Solo()
+    counted = Counted(model)
+    model = cast(FlowModel, counted)
     sigmas = model.schedule(settings.num_steps)
     while learner.iteration < settings.iterations:
-        clock = Clock(model.device)
+        clock, counted.evaluations = Clock(model.device), 0
         plan = make_plan(model, recipe, sigmas, settings, len(prompts), learner.iteration, world)
         with clock("rollout"):
             traj, finals = rollout(model, cond, plan, sigmas, recipe.kernel, recipe.probe, settings.sample_batch)
@@ -85,15 +87,30 @@ def train(
         if settings.shuffle_rewards:
             rewards = shuffled(rewards, plan)
         complain_if_unscored(world, rewards, scored, learner.iteration + 1)
-        credit = recipe.credit(rewards)
-        advantages = normalise(recipe, credit, rewards, plan, world)
+        credit, advantages = assign(recipe, rewards, plan, world)
         with clock("update"), learner.all_or_nothing():
             stats = learn(model, cond, traj, advantages, recipe, learner, world, settings.train_batch)
             learner.iteration += 1
         stats = reward_stats(rewards, credit, advantages, plan, world) | stats | clock.stats()
+        stats["evaluations"] = float(world.sum(torch.tensor(counted.evaluations, device=model.device)))
         stats["processes"] = float(world.size)
         texts = [prompts[i].text for i in plan.prompt.tolist()]
         yield Iteration(learner.iteration, stats, images, texts, rewards, scored.errors)
+
+
+class Counted:
+    """A model that counts its evaluations: one latent through the network once, with or without gradient."""
+
+    def __init__(self, model: FlowModel):
+        self.model, self.evaluations = model, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def velocity(self, x: Tensor, sigma: Tensor, cond: Any, rows: Tensor) -> Tensor:
+        """Count and pass on."""
+        self.evaluations += len(x)
+        return self.model.velocity(x, sigma, cond, rows)
 
 
 def make_plan(
@@ -110,7 +127,7 @@ def make_plan(
     slots = range(world.rank, settings.groups, world.size)
     if not slots:
         raise ValueError(f"{settings.groups} groups cannot be shared by {world.size} processes; raise groups")
-    plans = [recipe.explore(model.latent_shape, sigmas, (settings.seed, iteration, slot)) for slot in slots]
+    plans = [recipe.plan(model.latent_shape, sigmas, (settings.seed, iteration, slot)) for slot in slots]
     chosen = [
         replace(plan, prompt=torch.full_like(plan.prompt, picks[slot])) for plan, slot in zip(plans, slots, strict=True)
     ]
@@ -124,17 +141,19 @@ def pick_prompts(num_prompts: int, groups: int, seed: int, iteration: int) -> li
     return [int(orders[p // num_prompts][p % num_prompts]) for p in places]
 
 
-def normalise(recipe: Recipe, credit: Tensor, rewards: StepRewards, plan: Plan, world: World) -> Advantages:
-    """Advantages of this process's chains, with statistics over all processes."""
+def assign(recipe: Recipe, rewards: StepRewards, plan: Plan, world: World) -> tuple[Tensor, Advantages]:
+    """Credit [V, B', T] of all processes' chains, and the advantages of this process's own."""
     slot = torch.tensor([key[2] for key in plan.key])
     # Processes number their groups alike; with its slot, which only one of them has, a group is unmistakable.
     names = torch.stack([world.gather(slot), world.gather(plan.group)], 1)
     group = names.unique(dim=0, return_inverse=True)[1]
-    everyone = recipe.normalise(world.gather(credit, 1), rewards, group, world.gather(plan.train))
+    everyone = replace(rewards, values=world.gather(rewards.values, 1))
+    credit = recipe.credit(everyone, group)
+    advantages = recipe.normalise(credit, everyone, group, world.gather(plan.train))
     counts = world.gather(torch.tensor([len(slot)])).tolist()
     start = sum(counts[: world.rank])
     mine = slice(start, start + len(slot))
-    return Advantages(everyone.values[mine], everyone.mask[mine])
+    return credit, Advantages(advantages.values[mine], advantages.mask[mine])
 
 
 def shuffled(rewards: StepRewards, plan: Plan) -> StepRewards:
@@ -159,8 +178,8 @@ def complain_if_unscored(world: World, rewards: StepRewards, scored: Scored, num
 
 
 def reward_stats(rewards: StepRewards, credit: Tensor, advantages: Advantages, plan: Plan, world: World) -> Stats:
-    """Numbers of the iteration over all processes; views are added with their weights."""
-    values, credit = world.gather(rewards.values, 1), world.gather(credit, 1)
+    """Numbers of the iteration over all processes, whose ``credit`` this is; views are added with their weights."""
+    values = world.gather(rewards.values, 1)
     train, mask = world.gather(plan.train), world.gather(advantages.mask)
     slot = world.gather(torch.tensor([key[2] for key in plan.key]))
     weights = rewards.weights / rewards.weights.abs().sum().clamp(min=1e-12)

@@ -6,6 +6,7 @@ the ratio is exactly 1 before the first update, in every precision; how far samp
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,8 @@ def learn(
 ) -> Stats:
     """All optimizer steps of one iteration; returns their statistics, averaged over transitions."""
     masks = list(recipe.update.updates(advantages.mask, traj.plan))
+    weights = recipe.update.weights(recipe.kernel, traj.sigmas.cpu(), recipe.rate(traj.sigmas.cpu()))
+    advantages = replace(advantages, values=advantages.values * weights)
     parts = [batches(traj, mask, batch_size) for mask in masks]
     old = [[replay(model, cond, traj, recipe, b).detach() for b in part] for part in parts[1:]]
     totals, norms = torch.zeros(len(TOTALS), dtype=torch.float64), []
@@ -125,8 +128,7 @@ def batch_step(
         device = new.log_prob.device
         sample = traj.states[batch.chain.to(device), steps.to(device) + 1]
         ratio = RATIOS[recipe.update.ratio](new, old, sample)
-        weight = recipe.weight(traj)[batch.chain.to(device), steps.to(device)]
-        advantage = advantages.values[batch.chain, steps].to(device) * weight
+        advantage = advantages.values[batch.chain, steps].to(device)
         policy_loss = recipe.update.policy_loss(ratio, advantage)
         kl = torch.zeros_like(policy_loss)
         if with_kl:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 seeds = st.integers(0, 2**16)
 GROUP = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+NO_GROUPS = torch.zeros(0)
 GLOBAL, JOINT = {"std_scope": "global"}, {"norm_axis": "joint"}
 every_setting = pytest.mark.parametrize(
     "options", [{}, GLOBAL, JOINT, GLOBAL | JOINT, {"std_floor": 0.3}, GLOBAL | {"std_floor": 0.3}], ids=str
@@ -40,23 +41,23 @@ def normalise(credit, group=None, train=None, weights=None, **options):
 def test_gains_add_up_to_the_whole_improvement(seed):
     rewards = table(seed, views=2)
     expected = rewards.values[..., -1] - rewards.values[..., 0]
-    torch.testing.assert_close(gain(rewards).sum(-1), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gain(rewards, NO_GROUPS).sum(-1), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_gain_is_the_reward_of_the_next_state_less_that_of_this_one():
     rewards = StepRewards(torch.tensor([[[1.0, 3.0, 2.5, 2.5]]]), torch.ones(1))
-    assert gain(rewards).tolist() == [[[2.0, -0.5, 0.0]]]
+    assert gain(rewards, NO_GROUPS).tolist() == [[[2.0, -0.5, 0.0]]]
 
 
 def test_broadcasting_gives_every_step_the_final_reward():
     rewards = StepRewards(torch.tensor([[[torch.nan, torch.nan, 2.0], [torch.nan, torch.nan, 3.0]]]), torch.ones(1))
-    assert broadcast_terminal(rewards).tolist() == [[[2.0, 2.0], [3.0, 3.0]]]
+    assert broadcast_terminal(rewards, NO_GROUPS).tolist() == [[[2.0, 2.0], [3.0, 3.0]]]
 
 
 def test_an_unscored_state_costs_the_two_gains_beside_it():
     rewards = table()
     rewards.values[0, 2, 2] = torch.nan
-    assert gain(rewards)[0, 2].isnan().tolist() == [False, True, True, False]
+    assert gain(rewards, NO_GROUPS)[0, 2].isnan().tolist() == [False, True, True, False]
 
 
 def slowly(credit, valid, std_scope="group", norm_axis="step", std_floor=0.0):
@@ -83,7 +84,11 @@ def slowly(credit, valid, std_scope="group", norm_axis="step", std_floor=0.0):
 @every_setting
 def test_advantages_are_what_a_loop_over_chains_and_steps_gives(options):
     """Two views, some steps not trained, one score missing."""
-    credit, weights, train = gain(table(1, views=2)), torch.tensor([1.0, -0.5]), torch.ones(7, 4, dtype=torch.bool)
+    credit, weights, train = (
+        gain(table(1, views=2), NO_GROUPS),
+        torch.tensor([1.0, -0.5]),
+        torch.ones(7, 4, dtype=torch.bool),
+    )
     train[0], train[2, 1], credit[1, 5, 2] = False, False, torch.nan
     valid = train & credit.isfinite().all(0)
     found = normalise(credit, GROUP, train, weights, advantage_clip=1000.0, **options)
@@ -96,7 +101,7 @@ def test_advantages_are_what_a_loop_over_chains_and_steps_gives(options):
 @given(seed=seeds)
 @settings(max_examples=20, deadline=None)
 def test_advantages_of_a_group_have_mean_zero(options, seed):
-    found = normalise(gain(table(seed)), GROUP, advantage_clip=1000.0, **options)
+    found = normalise(gain(table(seed), NO_GROUPS), GROUP, advantage_clip=1000.0, **options)
     for g in (0, 1):
         mean = found.values[GROUP == g].mean(0 if options.get("norm_axis") != "joint" else (0, 1))
         assert mean.abs().max() < 1e-4
@@ -106,14 +111,14 @@ def test_advantages_of_a_group_have_mean_zero(options, seed):
 @given(seed=seeds, shift=st.floats(-50, 50), scale=st.floats(0.1, 50))
 @settings(max_examples=20, deadline=None)
 def test_advantages_do_not_change_when_rewards_are_shifted_and_scaled(options, seed, shift, scale):
-    credit = gain(table(seed)).double()
+    credit = gain(table(seed), NO_GROUPS).double()
     before = normalise(credit, GROUP, std_eps=0.0, **options)
     after = normalise(credit * scale + shift, GROUP, std_eps=0.0, **options)
     torch.testing.assert_close(after.values, before.values, atol=1e-6, rtol=1e-6)
 
 
 def test_one_groups_luck_does_not_change_anothers_advantages():
-    credit = gain(table())
+    credit = gain(table(), NO_GROUPS)
     lucky = credit + 100.0 * (GROUP == 1)[None, :, None]
     torch.testing.assert_close(normalise(lucky, GROUP).values, normalise(credit, GROUP).values, atol=1e-3, rtol=1e-3)
 
@@ -155,7 +160,7 @@ def test_large_advantages_are_clipped():
 
 @every_setting
 def test_a_missing_score_is_masked_and_changes_nobody_else(options):
-    credit = gain(table())
+    credit = gain(table(), NO_GROUPS)
     credit[0, 1] = torch.nan
     others = torch.arange(7) != 1
     found, without = normalise(credit, GROUP, **options), normalise(credit[:, others], GROUP[others], **options)
@@ -167,7 +172,7 @@ def test_a_missing_score_is_masked_and_changes_nobody_else(options):
 
 @every_setting
 def test_steps_that_are_not_trained_do_not_count(options):
-    credit, train = gain(table()), torch.ones(7, 4, dtype=torch.bool)
+    credit, train = gain(table(), NO_GROUPS), torch.ones(7, 4, dtype=torch.bool)
     train[1], train[:, 3] = False, False
     found = normalise(credit, GROUP, train, **options)
     wild = credit.clone()
@@ -177,7 +182,7 @@ def test_steps_that_are_not_trained_do_not_count(options):
 
 
 def test_a_score_missing_in_one_view_masks_the_step_in_all():
-    credit = gain(table(views=2))
+    credit = gain(table(views=2), NO_GROUPS)
     credit[1, 0, 2] = torch.nan
     found = normalise(credit)
     assert not found.mask[0, 2]
@@ -187,7 +192,7 @@ def test_a_score_missing_in_one_view_masks_the_step_in_all():
 
 @pytest.mark.parametrize("norm_axis", ["step", "joint"])
 def test_a_group_with_a_single_scored_chain_teaches_nothing(norm_axis):
-    credit = gain(table())
+    credit = gain(table(), NO_GROUPS)
     credit[0, :3] = torch.nan
     found = normalise(credit, GROUP, norm_axis=norm_axis)
     assert not found.mask[:4].any()
@@ -196,14 +201,14 @@ def test_a_group_with_a_single_scored_chain_teaches_nothing(norm_axis):
 
 
 def test_a_group_that_teaches_nothing_does_not_count_in_the_global_spread():
-    credit = gain(table())
+    credit = gain(table(), NO_GROUPS)
     credit[0, :3] = torch.nan
     found, without = normalise(credit, GROUP, **GLOBAL), normalise(credit[:, 4:], GROUP[4:], **GLOBAL)
     torch.testing.assert_close(found.values[4:], without.values)
 
 
 def test_a_step_scored_in_a_single_chain_teaches_nothing_by_itself():
-    credit = gain(table())
+    credit = gain(table(), NO_GROUPS)
     credit[0, :3, 2] = torch.nan
     found = normalise(credit, GROUP)
     assert found.mask[:4].tolist() == [[True, True, False, True]] * 3 + [[True, True, False, True]]
@@ -224,7 +229,7 @@ def test_nothing_scored_is_all_masked(options):
 
 
 def test_views_are_normalised_alone_and_added_with_their_weights():
-    credit = gain(table(views=3))
+    credit = gain(table(views=3), NO_GROUPS)
     scaled = credit * torch.tensor([1.0, 1000.0, 0.001])[:, None, None]
     weights = torch.tensor([1.0, 0.5, -2.0])
     options = {"std_eps": 0.0, "advantage_clip": 1000.0}
@@ -235,11 +240,11 @@ def test_views_are_normalised_alone_and_added_with_their_weights():
 
 
 def test_a_view_of_weight_zero_does_not_matter():
-    credit = gain(table(views=2))
+    credit = gain(table(views=2), NO_GROUPS)
     found = normalise(credit, GROUP, weights=torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(found.values, normalise(credit[:1], GROUP).values)
 
 
 def test_the_names_of_groups_do_not_matter():
-    credit = gain(table())
+    credit = gain(table(), NO_GROUPS)
     assert torch.equal(normalise(credit, 40 - 7 * GROUP).values, normalise(credit, GROUP).values)

@@ -88,6 +88,6 @@ def test_a_constant_rate_is_constant():
 
 def test_a_table_of_rates_belongs_to_its_number_of_steps():
     table = torch.tensor([0.5, 0.4, 0.3, 0.0])
-    assert torch.equal(table_rate(table)(shifted_linear(4)), table)
+    assert torch.equal(table_rate(table, shifted_linear(4))(shifted_linear(4)), table)
     with pytest.raises(ValueError, match="4 rates but the schedule has 10 steps; calibrate again"):
-        table_rate(table)(shifted_linear(10))
+        table_rate(table, shifted_linear(4))(shifted_linear(10))
