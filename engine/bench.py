@@ -74,7 +74,7 @@ def count_table(model: FlowModel, cond: Any, num_steps: int, group_size: int) ->
         recipe = make_recipe(name, group_size=group_size)
         plan, sigmas = one_group(model, recipe, num_steps)
         counted: Any = CallCounted(model)
-        _, finals = rollout(counted, cond, plan, sigmas, recipe.kernel, recipe.probe, chunk=10**6)
+        _, finals = rollout(counted, cond, plan, sigmas, recipe.noise.step, recipe.probe, chunk=10**6)
         say(
             f"  {name:12} {counted.evaluations:6} evaluations  {counted.calls:4} calls  {len(finals.latents):5} images"
             f"  {int(plan.train.sum()):5} trained transitions"
@@ -94,13 +94,13 @@ def wave_row(model: FlowModel, cond: Any, num_steps: int, chunk: int, size: int)
     plan, sigmas = one_group(model, recipe, num_steps)
     plan = join([first_chains(plan, size)])
     plain = make_recipe("flow_grpo", group_size=max(size, 2))
-    traj, _ = rollout(model, cond, plan, sigmas, plain.kernel, plain.probe, chunk)
+    traj, _ = rollout(model, cond, plan, sigmas, plain.noise.step, plain.probe, chunk)
 
     def wave() -> None:
-        rollout(model, cond, plan, sigmas, recipe.kernel, recipe.probe, chunk)
+        rollout(model, cond, plan, sigmas, recipe.noise.step, recipe.probe, chunk)
 
     def singly() -> None:
-        rollout(model, cond, plan, sigmas, plain.kernel, plain.probe, chunk)
+        rollout(model, cond, plan, sigmas, plain.noise.step, plain.probe, chunk)
         probe_one_by_one(model, cond, traj, chunk)
 
     in_wave, one_by_one = best_seconds(wave, model.device), best_seconds(singly, model.device)
@@ -134,7 +134,7 @@ def train_table(model: FlowModel, cond: Any, prompts: list[Prompt], panel: Panel
         counted: Any = CallCounted(model)
         clock = Clock(model.device)
         plan, sigmas = one_group(model, recipe, settings.num_steps)
-        _, finals = rollout(counted, cond, plan, sigmas, recipe.kernel, recipe.probe, settings.sample_batch)
+        _, finals = rollout(counted, cond, plan, sigmas, recipe.noise.step, recipe.probe, settings.sample_batch)
         score(model, finals, prompts, panel, settings.sample_batch, clock)
         learner = Learner(model.lora, OptimizerSettings())
         rows: list[dict[str, Any]] = [

@@ -4,17 +4,21 @@ All of it is tables over chains and steps. G group size. The last step is never 
 the image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from .data import Plan
-from .protocols import Explore
+from .knobs import Choice, Knob, flag
 from .randomness import Key, Purpose, normal, rng
 
 Window = Callable[[Key, int], range]
 """(key of the group, num_steps) -> the steps that get noise."""
+
+GroupSize = Annotated[int, Knob(2, 128, "images compared with each other")]
 
 
 def all_steps(key: Key, num_steps: int) -> range:
@@ -22,42 +26,52 @@ def all_steps(key: Key, num_steps: int) -> range:
     return range(num_steps - 1)
 
 
-def fixed_window(size: int, start: int = 0) -> Window:
+def fixed_window(size: int, first: int = 0) -> Window:
     """The same ``size`` steps in every iteration (MixGRPO-Flash*: the first ones)."""
 
     def window(key: Key, num_steps: int) -> range:
-        fitting(start + size, num_steps)
-        return range(start, start + size)
+        fitting(first + size, num_steps)
+        return range(first, first + size)
 
     return window
 
 
-def sliding_window(size: int, every: int, roll_back: bool = True) -> Window:
-    """MixGRPO (arXiv 2507.21802): one step later each ``every`` iterations, from the first step on.
+def sliding_window(size: int, first: int, end: int, every: int, roll_back: bool) -> Window:
+    """MixGRPO (arXiv 2507.21802): one step later each ``every`` iterations, inside steps ``first`` to ``end`` - 1.
 
     At the end it starts over (``roll_back``, the authors' code) or stays (the paper).
     """
 
     def window(key: Key, num_steps: int) -> range:
-        places, moved = fitting(size, num_steps) - size + 1, key[1] // every
-        start = moved % places if roll_back else min(moved, places - 1)
+        latest = latest_start(size, first, end, num_steps)
+        moved, places = key[1] // every, latest - first + 1
+        start = first + (moved % places if roll_back else min(moved, places - 1))
         return range(start, start + size)
 
     return window
 
 
-def random_window(size: int, first: int = 0, end: int = 0) -> Window:
-    """Flow-GRPO-Fast: each group draws its window anew, inside steps ``first`` to ``end`` - 1; 0 = to the last."""
+def random_window(size: int, first: int, end: int) -> Window:
+    """Flow-GRPO-Fast: each group draws its window anew, inside steps ``first`` to ``end`` - 1."""
 
     def window(key: Key, num_steps: int) -> range:
-        noisy = fitting(first + size, num_steps)
-        latest = min(end or noisy, noisy) - size
-        if latest < first:
-            raise ValueError(f"a window of {size} steps does not fit between steps {first} and {end}; make it smaller")
+        latest = latest_start(size, first, end, num_steps)
         start = int(rng(Purpose.WINDOW, *key).integers(first, latest + 1))
         return range(start, start + size)
 
     return window
+
+
+def latest_start(size: int, first: int, end: int, num_steps: int) -> int:
+    """The last place of a window inside steps ``first`` to ``end`` - 1; 0 = to the end. ValueError when it has none."""
+    noisy = fitting(first + size, num_steps)
+    latest = min(end or noisy, noisy) - size
+    if latest < first:
+        raise ValueError(
+            f"a window of {size} steps does not fit between steps {first} and {end}; lower window_size or raise "
+            "window_end"
+        )
+    return latest
 
 
 def fitting(end: int, num_steps: int) -> int:
@@ -65,74 +79,95 @@ def fitting(end: int, num_steps: int) -> int:
     if end > num_steps - 1:
         raise ValueError(
             f"a window that reaches to step {end} does not fit: of {num_steps} denoising steps {num_steps - 1} can be "
-            "noisy; take more steps or a smaller window"
+            "noisy; raise num_steps or lower window_size"
         )
     return num_steps - 1
 
 
-def independent_chains(
-    group_size: int, *, window: Window = all_steps, shared_noise: bool = False, train_fraction: float = 1.0
-) -> Explore:
-    """G chains per prompt, noise at the steps of ``window``, which a group shares.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chains:
+    """G whole chains per prompt, noisy at the steps of a window that the group shares."""
 
-    ``shared_noise`` starts a group from one x_T. ``train_fraction`` trains a random part of the noisy
-    steps of each chain (DanceGRPO: 0.6).
-    """
+    group_size: GroupSize = 24
+    shared_noise: Annotated[bool, flag("start all images of a group from the same noise")] = False
+    window: Annotated[
+        str,
+        Choice(("all", "fixed", "sliding", "random"), "which steps are noisy and trained; the others are ODE steps"),
+    ] = "all"
+    window_size: Annotated[int, Knob(1, 99, "steps in a window")] = 4
+    window_first: Annotated[int, Knob(0, 98, "a window lies at or after this step")] = 0
+    window_end: Annotated[int, Knob(0, 99, "a window lies before this step; 0 = anywhere")] = 0
+    window_every: Annotated[int, Knob(1, 100_000, "iterations until a sliding window moves one step")] = 25
+    roll_back: Annotated[bool, flag("a sliding window starts over when it came to the end; otherwise it stays")] = True
+    train_fraction: Annotated[
+        float, Knob(0.01, 1.0, "random part of the noisy steps of each chain that is trained")
+    ] = 1.0
 
-    def explore(latent_shape: tuple[int, ...], rates: Tensor, key: Key) -> Plan:
+    def __call__(self, latent_shape: tuple[int, ...], rates: Tensor, key: Key) -> Plan:
+        """[T] noise rates -> the plan of one prompt. Raises ValueError when the window does not fit."""
         num_steps = len(rates)
-        steps = list(window(key, num_steps))
-        table = torch.zeros(group_size, num_steps)
+        steps = list(self.place(key, num_steps))
+        table = torch.zeros(self.group_size, num_steps)
         table[:, steps] = rates[steps]
-        lottery = torch.from_numpy(rng(Purpose.TRAINED_STEPS, *key).random((group_size, num_steps)))
+        lottery = torch.from_numpy(rng(Purpose.TRAINED_STEPS, *key).random((self.group_size, num_steps)))
         rank = lottery.where(table > 0, 2.0).argsort(1).argsort(1)
-        root = torch.zeros(group_size, dtype=torch.long) if shared_noise else torch.arange(group_size)
+        chain = torch.arange(self.group_size)
+        root = torch.zeros_like(chain) if self.shared_noise else chain
         return Plan(
             noise=starting_noise(latent_shape, root, key),
-            prompt=torch.zeros(group_size, dtype=torch.long),
+            prompt=torch.zeros_like(chain),
             root=root,
             rate=table,
-            train=(rank < max(1, int(train_fraction * len(steps)))) & (table > 0),
-            group=torch.zeros(group_size, dtype=torch.long),
-            seed=torch.arange(group_size),
-            key=(key,) * group_size,
+            train=(rank < max(1, int(self.train_fraction * len(steps)))) & (table > 0),
+            group=torch.zeros_like(chain),
+            seed=chain,
+            key=(key,) * self.group_size,
         )
 
-    return explore
+    def place(self, key: Key, num_steps: int) -> range:
+        """The noisy steps of a group."""
+        size, first, end = self.window_size, self.window_first, self.window_end
+        windows = {
+            "all": all_steps,
+            "fixed": fixed_window(size, first),
+            "sliding": sliding_window(size, first, end, self.window_every, self.roll_back),
+            "random": random_window(size, first, end),
+        }
+        return windows[self.window](key, num_steps)
 
 
-def single_step_branches(
-    group_size: int, *, branch_steps: Callable[[int], Sequence[int]], num_seeds: int = 1, across_seeds: bool = False
-) -> Explore:
-    """From the ODE trunk of each seed, at each of ``branch_steps`` (of T), G chains that are noisy there alone.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Branches:
+    """From the ODE trunk of each seed, at each of the first steps, G chains that are noisy there alone.
 
-    TempFlow-GRPO (arXiv 2508.04324) and G2RPO (arXiv 2510.01982). The chains of one seed and step form a group;
-    with ``across_seeds`` those of one step do, whichever their seed. Until they branch they are one state, which is
-    computed once, in sampling and in training.
+    TempFlow-GRPO (arXiv 2508.04324) and G2RPO (arXiv 2510.01982). The chains of one seed and step form a group. Until
+    they branch they are one state, which is computed once, in sampling and in training.
     """
 
-    def explore(latent_shape: tuple[int, ...], rates: Tensor, key: Key) -> Plan:
-        branches = torch.tensor(list(branch_steps(len(rates))))
-        root = torch.arange(num_seeds).repeat_interleave(len(branches) * group_size)
-        branch = torch.arange(len(branches)).repeat_interleave(group_size).repeat(num_seeds)
-        table = torch.nn.functional.one_hot(branches[branch], len(rates)) * rates
+    group_size: GroupSize = 12
+    num_seeds: Annotated[int, Knob(1, 64, "starting noises per prompt")] = 1
+    branch_share: Annotated[float, Knob(0.01, 1.0, "part of the steps, from the first on, at which chains branch")] = (
+        1.0
+    )
+    across_seeds: Annotated[bool, flag("compare the branches of one step over all starting noises of a prompt")] = False
+
+    def __call__(self, latent_shape: tuple[int, ...], rates: Tensor, key: Key) -> Plan:
+        """[T] noise rates -> the plan of one prompt: seeds x steps x children, in this order."""
+        num_steps = len(rates)
+        num_branches = min(max(1, int(self.branch_share * num_steps)), num_steps - 1)
+        root = torch.arange(self.num_seeds).repeat_interleave(num_branches * self.group_size)
+        branch = torch.arange(num_branches).repeat_interleave(self.group_size).repeat(self.num_seeds)
+        table = torch.nn.functional.one_hot(branch, num_steps) * rates
         return Plan(
             noise=starting_noise(latent_shape, root, key),
             prompt=torch.zeros_like(root),
             root=root,
             rate=table,
             train=table > 0,
-            group=branch if across_seeds else root * len(branches) + branch,
+            group=branch if self.across_seeds else root * num_branches + branch,
             seed=torch.arange(len(root)),
             key=(key,) * len(root),
         )
-
-    return explore
-
-
-def first_steps(share: float) -> Callable[[int], Sequence[int]]:
-    """The branch steps: the first ``share`` of all steps, at least one, never the last."""
-    return lambda num_steps: range(min(max(1, int(share * num_steps)), num_steps - 1))
 
 
 def starting_noise(latent_shape: tuple[int, ...], root: Tensor, key: Key) -> Tensor:

@@ -45,7 +45,7 @@ def look(
     """
     sigmas = model.schedule(num_steps)
     plan = join([recipe.plan(model.latent_shape, sigmas, (seed, 0, 0))])
-    _, finals = rollout(model, cond, plan, sigmas, recipe.kernel, recipe.probe, batch)
+    _, finals = rollout(model, cond, plan, sigmas, recipe.noise.step, recipe.probe, batch)
     panel.validate([prompt])
     rewards, _, _ = score(model, finals, [prompt], panel, batch, untimed)
     weights = rewards.weights[: len(panel.weights)]

@@ -7,7 +7,7 @@ An option is a parameter of a function or a field of a dataclass, annotated with
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 
 class Knob(NamedTuple):
@@ -104,26 +104,6 @@ def noise_table_problem(value: Any) -> str | None:
             'must be a noise table made by `densegrpo calibrate`: "kernel", T+1 "sigmas" and T "rates", all in 0..100'
         )
     return None
-
-
-GroupSize = Annotated[int, Knob(2, 128, "images compared with each other")]
-Noise = Annotated[float, Knob(0.01, 2.0, "how much noise a stochastic step injects")]
-Fraction = Annotated[float, Knob(0.0, 1.0, "part of the noisy steps that is trained")]
-Evaluations = Annotated[int, Knob(0, 64, "Euler steps a probe may take; 0 = the whole remaining schedule")]
-KernelName = Annotated[str, Choice(("sde", "cps"), "how a noisy step looks")]
-SharedNoise = Annotated[bool, flag("start all images of a group from the same noise")]
-NoiseTable = Annotated[Any, Table("calibrated noise of each step, which replaces ``noise``")]
-WindowSize = Annotated[int, Knob(1, 99, "how many steps in a row are noisy and trained")]
-WindowFirst = Annotated[int, Knob(0, 98, "earliest step of the window")]
-WindowEnd = Annotated[int, Knob(0, 99, "the window stays before this step; 0 = anywhere")]
-WindowEvery = Annotated[int, Knob(0, 100_000, "iterations until the window moves one step; 0 = it stays at the start")]
-RollBack = Annotated[bool, flag("a window that came to the end starts over; otherwise it stays there")]
-TailShare = Annotated[float, Knob(0.01, 1.0, "part of the steps after the window that is taken")]
-TailSolver = Annotated[str, Choice(("euler", "dpm2m"), "how the steps after the window are solved")]
-Seeds = Annotated[int, Knob(1, 64, "starting noises per prompt")]
-BranchShare = Annotated[float, Knob(0.01, 1.0, "part of the steps, from the first on, where chains branch")]
-AcrossSeeds = Annotated[bool, flag("compare the branches of one step over all starting noises of the prompt")]
-Strides = Annotated[str, Numbers(1, 16, "each branch is finished on every n-th noise level, for each of these n")]
 
 
 def options_of(owner: Callable[..., Any]) -> dict[str, Option]:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from .data import Finals, Plan, Prompt, StepRewards
-from .protocols import FlowModel, Grid, Probe
+from .knobs import Choice, Knob, Numbers, whole_numbers
+from .protocols import FlowModel, Grid
 from .rewards import Panel, Scored
 
 
@@ -44,31 +47,72 @@ def share(part: float) -> Grid:
     return grid
 
 
-def terminal_state(plan: Plan) -> Tensor:
-    """Only the image of each chain itself."""
-    wanted = torch.zeros(len(plan.root), plan.rate.shape[1] + 1, dtype=torch.bool)
-    wanted[:, -1] = True
-    return wanted
+@dataclass(frozen=True, slots=True)
+class FinalImage:
+    """Only the image of each chain itself (Flow-GRPO)."""
+
+    grids = (full,)
+    tail_solver = "euler"
+
+    def states(self, plan: Plan) -> Tensor:
+        """The last."""
+        wanted = torch.zeros(len(plan.root), plan.rate.shape[1] + 1, dtype=torch.bool)
+        wanted[:, -1] = True
+        return wanted
 
 
-def all_states(plan: Plan) -> Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EveryState:
     """Each state of each chain (DenseGRPO, arXiv 2601.20218, eq. 8-9)."""
-    return torch.ones(len(plan.root), plan.rate.shape[1] + 1, dtype=torch.bool)
+
+    tail_solver = "euler"
+    probe_evaluations: Annotated[int, Knob(0, 64, "Euler steps a probe may take; 0 = the whole remaining schedule")] = 0
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The whole schedule, or a coarser one."""
+        return (at_most(self.probe_evaluations) if self.probe_evaluations else full,)
+
+    def states(self, plan: Plan) -> Tensor:
+        """All."""
+        return torch.ones(len(plan.root), plan.rate.shape[1] + 1, dtype=torch.bool)
 
 
-def after_noise(plan: Plan) -> Tensor:
+class AfterNoise:
     """The state after the last noisy step of each chain: all that follows is decided."""
-    num_steps = plan.rate.shape[1]
-    last_noisy = plan.rate.gt(0).int().cumsum(1).argmax(1)
-    return torch.nn.functional.one_hot(last_noisy + 1, num_steps + 1).bool()
+
+    __slots__ = ()
+
+    def states(self, plan: Plan) -> Tensor:
+        """One of each chain."""
+        last_noisy = plan.rate.gt(0).int().cumsum(1).argmax(1)
+        return torch.nn.functional.one_hot(last_noisy + 1, plan.rate.shape[1] + 1).bool()
 
 
-TERMINAL = Probe(terminal_state, (full,))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Granularities(AfterNoise):
+    """What follows the noise, on several grids of noise levels (G2RPO, arXiv 2510.01982)."""
+
+    tail_solver = "euler"
+    strides: Annotated[str, Numbers(1, 16, "finish on every n-th noise level, once for each of these n")] = "1, 2, 3"
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """One for each stride."""
+        return tuple(map(every_nth, whole_numbers(self.strides)))
 
 
-def every_state(max_evaluations: int = 0) -> Probe:
-    """Finish and score every state, with at most that many evaluations each; 0 = the whole schedule."""
-    return Probe(all_states, (at_most(max_evaluations) if max_evaluations else full,))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FasterTail(AfterNoise):
+    """What follows the noise, in fewer steps (MixGRPO-Flash, arXiv 2507.21802)."""
+
+    tail_share: Annotated[float, Knob(0.01, 1.0, "part of the steps after the noise that is taken")] = 0.4
+    tail_solver: Annotated[str, Choice(("dpm2m", "euler"), "how these are solved: second or first order")] = "dpm2m"
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """A coarser one."""
+        return (share(self.tail_share),)
 
 
 def score(

@@ -96,15 +96,22 @@ Grid = Callable[[int, int], Sequence[int]]
 """(state k, T) -> indices of the noise levels that finish it, k first, T last."""
 
 
-class Probe(NamedTuple):
+class Probe(Protocol):
     """Which states are finished by ODE and scored."""
 
-    states: Callable[[Plan], Tensor]
-    """plan -> [B, T+1] bool."""
-    grids: tuple[Grid, ...]
-    """One granularity each."""
-    solver: str = "euler"
-    """How tails are finished, see ``SOLVERS`` in wave.py."""
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """One granularity each."""
+        ...
+
+    @property
+    def tail_solver(self) -> str:
+        """How tails are finished, see ``SOLVERS`` in wave.py."""
+        ...
+
+    def states(self, plan: Plan) -> Tensor:
+        """[B, T+1] bool: the states to finish."""
+        ...
 
 
 Credit = Callable[[StepRewards, Tensor], Tensor]

@@ -82,7 +82,7 @@ def train(
         clock, counted.evaluations = Clock(model.device), 0
         plan = make_plan(model, recipe, sigmas, settings, len(prompts), learner.iteration, world)
         with clock("rollout"):
-            traj, finals = rollout(model, cond, plan, sigmas, recipe.kernel, recipe.probe, settings.sample_batch)
+            traj, finals = rollout(model, cond, plan, sigmas, recipe.noise.step, recipe.probe, settings.sample_batch)
         rewards, scored, images = score(model, finals, prompts, panel, settings.sample_batch, clock)
         if settings.shuffle_rewards:
             rewards = shuffled(rewards, plan)

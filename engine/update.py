@@ -64,8 +64,8 @@ def replay(model: FlowModel, cond: Any, traj: Trajectory, recipe: Recipe, batch:
     velocity, step = velocity[state], step[state]
     rate = traj.plan.rate[batch.chain, batch.state_step[batch.state]]
     x, sample = traj.states[sampled_by, step], traj.states[sampled_by, step + 1]
-    dist = policy(recipe.kernel, x, velocity, traj.sigmas[step], traj.sigmas[step + 1], rate)
-    return Move(velocity, dist, recipe.kernel.log_prob(sample, dist))
+    dist = policy(recipe.noise.step, x, velocity, traj.sigmas[step], traj.sigmas[step + 1], rate)
+    return Move(velocity, dist, recipe.noise.step.log_prob(sample, dist))
 
 
 def learn(
@@ -80,7 +80,7 @@ def learn(
 ) -> Stats:
     """All optimizer steps of one iteration; returns their statistics, averaged over transitions."""
     masks = list(recipe.update.updates(advantages.mask, traj.plan))
-    weights = recipe.update.weights(recipe.kernel, traj.sigmas.cpu(), recipe.rate(traj.sigmas.cpu()))
+    weights = recipe.update.weights(recipe.noise.step, traj.sigmas.cpu(), recipe.noise.rates(traj.sigmas.cpu()))
     advantages = replace(advantages, values=advantages.values * weights)
     parts = [batches(traj, mask, batch_size) for mask in masks]
     old = [[replay(model, cond, traj, recipe, b).detach() for b in part] for part in parts[1:]]

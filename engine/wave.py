@@ -36,7 +36,7 @@ class Wave:
     """Which chains are needed at each level, and the tails."""
 
     def __init__(self, plan: Plan, probe: Probe, like: Tensor):
-        self.plan, self.grids, self.solver = plan, probe.grids, SOLVERS[probe.solver]
+        self.plan, self.grids, self.solver = plan, probe.grids, SOLVERS[probe.tail_solver]
         num_chains, num_steps = plan.rate.shape
         self.wanted = probe.states(plan)
         self.next_level = torch.zeros(len(self.grids), num_steps, num_steps + 1, dtype=torch.long)
@@ -46,11 +46,19 @@ class Wave:
             for k in range(num_steps):
                 route = list(grid(k, num_steps))
                 self.next_level[g, k, route[:-1]] = torch.tensor(route[1:])
-                self.whole[g, k] = len(route) == num_steps - k + 1 and probe.solver == "euler"
+                self.whole[g, k] = len(route) == num_steps - k + 1 and probe.tail_solver == "euler"
         noisy_later = plan.rate.gt(0).flip(1).cumsum(1).flip(1) > 0
         self.ends_as_ode = torch.cat([~noisy_later, noisy_later.new_ones(num_chains, 1)], 1)
         self.own = (self.wanted & self.ends_as_ode) & self.whole[:, None]
         """[S, B, T+1] states whose tail is the chain itself."""
+        # Before an ODE step a state has the same whole tail as after it.
+        self.like_next = (plan.rate.eq(0) & noisy_later) & self.whole[:, None, :-1]
+        self.births = self.wanted & ~self.own
+        """[S, B, T+1] states whose tail is computed."""
+        for k in range(num_steps):
+            moved = self.births[..., k] & self.like_next[..., k]
+            self.births[..., k + 1] |= moved
+            self.births[..., k] &= ~moved
         self.to_the_end = self.own.any(0).any(1)
         last_wanted = self.wanted.int().cumsum(1).argmax(1)
         self.rests_after = last_wanted.where(~self.to_the_end, num_steps)
@@ -84,7 +92,7 @@ class Wave:
     def give_birth(self, t: int, x: Tensor, velocity: Tensor, inverse: Tensor, sigmas: Tensor) -> None:
         """Start the tails of state ``t``; ``x``, ``velocity`` [R, ...] of the needed rows, ``inverse`` [B]."""
         for g in range(len(self.grids)):
-            chains = (self.wanted[:, t] & ~self.own[g, :, t]).nonzero().flatten()
+            chains = self.births[g, :, t].nonzero().flatten()
             born, slot = inverse[chains].unique(return_inverse=True)
             first = len(self.latents)
             self.index[g, chains, t] = first + slot
@@ -107,6 +115,9 @@ class Wave:
         place = torch.full_like(rows, -1)
         place[kept] = torch.arange(len(kept))
         index = torch.where(self.index >= 0, self.index + len(kept), place[inverse][:, None].where(self.own, -1))
+        for k in reversed(range(self.like_next.shape[-1])):
+            like_next = self.like_next[..., k] & self.wanted[:, k]
+            index[..., k] = torch.where(like_next, index[..., k + 1], index[..., k])
         last = index.gather(2, self.rests_after.expand(len(index), -1)[..., None])[..., 0]
         index[..., -1] = torch.where(self.to_the_end, place[inverse], last)
         prompt = torch.cat([self.plan.prompt[rows[kept]], self.prompt])

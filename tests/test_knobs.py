@@ -13,8 +13,8 @@ from densegrpo.engine.lora import LoraSettings
 from densegrpo.engine.loss import PolicyUpdate
 from densegrpo.engine.models import load_model, model_options
 from densegrpo.engine.models.tiny import DemoSettings
-from densegrpo.engine.probe import TERMINAL
-from densegrpo.engine.recipes import RECIPES, make_recipe, recipe_options
+from densegrpo.engine.probe import FinalImage
+from densegrpo.engine.recipes import RECIPES, make_recipe, parts_of, recipe_options
 from densegrpo.engine.rewards import REWARDS, make_reward, reward_options
 from densegrpo.engine.train import TrainSettings
 from hypothesis import given
@@ -118,13 +118,13 @@ def test_a_recipe_shows_its_own_options_and_those_of_its_parts(name):
     assert options["kl_weight"].default == recipe.update.kl_weight
     assert options["num_updates"].default == recipe.update.num_updates
     assert options["std_floor"].default == recipe.normalise.std_floor
-    own, parts = options_of(RECIPES[name]), options_of(GroupNorm) | options_of(PolicyUpdate)
-    assert not set(own) & set(parts)
+    parts = [set(options_of(type(part))) for part in parts_of(name).values()]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == len(options)
 
 
 def comparable(recipe):
     """What of a recipe can be compared."""
-    return recipe.kernel, recipe.credit, recipe.probe.states, recipe.normalise, recipe.update
+    return recipe.explore, recipe.noise, recipe.probe, recipe.credit, recipe.normalise, recipe.update
 
 
 @every_recipe
@@ -135,7 +135,7 @@ def test_a_recipe_without_options_is_the_recipe_itself(name):
 @every_recipe
 def test_options_reach_the_part_they_belong_to(name):
     recipe = make_recipe(name, group_size=2, kernel="cps", std_scope="global", clip_range=0.25, ratio="guard")
-    assert recipe.kernel is CPS
+    assert recipe.noise.step is CPS
     assert recipe.normalise.std_scope == "global"
     assert (recipe.update.clip_range, recipe.update.ratio) == (0.25, "guard")
     assert recipe.update.kl_weight == RECIPES[name]().update.kl_weight
@@ -144,7 +144,7 @@ def test_options_reach_the_part_they_belong_to(name):
 def test_the_recipes_are_what_their_papers_say():
     """Defaults of the methods' tables."""
     flow, dense = make_recipe("flow_grpo"), make_recipe("dense_grpo")
-    assert (flow.kernel, flow.probe, flow.credit) == (EULER_MARUYAMA, TERMINAL, broadcast_terminal)
+    assert (flow.noise.step, flow.probe, flow.credit) == (EULER_MARUYAMA, FinalImage(), broadcast_terminal)
     assert (flow.update.kl, flow.update.kl_weight, flow.update.clip_range) == ("flow_grpo", 0.04, 1e-4)
     assert (flow.normalise.std_scope, flow.normalise.std_eps, flow.normalise.advantage_clip) == ("group", 1e-4, 5.0)
     assert dense.credit is gain
@@ -158,7 +158,7 @@ def test_the_recipes_are_what_their_papers_say():
             {"group_size": 1},
             r"flow_grpo: group_size \(images compared with each other\) must be a whole number in 2..128, got 1",
         ),
-        ({"nosie": 0.7}, r"flow_grpo has no option 'nosie' \(did you mean 'noise'\?\); it has: group_size, noise"),
+        ({"nosie": 0.7}, r"flow_grpo has no option 'nosie' \(did you mean 'noise'\?\); it has: group_size, "),
         ({"kernel": "ode"}, "kernel .* must be one of 'sde', 'cps', got 'ode'"),
         ({"kl": "k3"}, "kl .* must be one of 'exact', 'flow_grpo', 'velocity', got 'k3'"),
         ({"clip_range": 0.0}, "clip_range .* must be a number in 1e-08..1.0, got 0.0"),

@@ -15,7 +15,7 @@ spec.loader.exec_module(module)
 assert not {"torch", "comfy", "numpy"} & set(sys.modules), "importing the package must be light"
 from importlib import import_module
 recipes = import_module(name + ".engine.recipes")
-assert recipes.flow_grpo().kernel.step.__module__ == name + ".engine.kernels"
+assert recipes.flow_grpo().noise.step.step.__module__ == name + ".engine.kernels"
 assert "comfy" not in sys.modules and "torch" in sys.modules
 assert not {"engine", "nodes", "diffusers", "accelerate", "matplotlib"} & set(sys.modules)
 print("ok")

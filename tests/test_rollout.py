@@ -3,16 +3,16 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
 from densegrpo.engine.data import Prompt, distinct, join
-from densegrpo.engine.explore import all_steps, independent_chains
+from densegrpo.engine.explore import Chains
 from densegrpo.engine.kernels import CPS, EULER_MARUYAMA
-from densegrpo.engine.probe import TERMINAL, all_states, at_most, every_state, full, score
-from densegrpo.engine.protocols import Probe
+from densegrpo.engine.probe import EveryState, FinalImage, at_most, full, score
 from densegrpo.engine.randomness import Purpose, normal, rng
-from densegrpo.engine.recipes import RECIPES
+from densegrpo.engine.recipes import RECIPES, make_recipe
 from densegrpo.engine.rewards import Panel, make_reward
 from densegrpo.engine.rollout import finish_by_ode, rollout
 from densegrpo.engine.schedule import constant_rate, flow_rate, shifted_linear
@@ -24,13 +24,26 @@ PROMPTS = [Prompt("a", {}), Prompt("bbbbbbbbbbbbbbbbbbbb", {})]
 every_recipe = pytest.mark.parametrize("name", sorted(RECIPES))
 
 
+FINAL = FinalImage()
+
+
+class EveryGrid(NamedTuple):
+    """Probes every state on chosen grids."""
+
+    grids: tuple
+    tail_solver: str = "euler"
+
+    def states(self, plan):
+        return EveryState().states(plan)
+
+
 def make_plan(explore, num_steps, num_prompts=2, shape=(3, 4, 4)):
     """One group for each prompt."""
     plans = [explore(shape, shifted_linear(num_steps), (0, 0, slot)) for slot in range(num_prompts)]
     return join([replace(p, prompt=torch.full_like(p.prompt, i)) for i, p in enumerate(plans)])
 
 
-def sample(explore, probe=TERMINAL, num_steps=6, num_prompts=2, kernel=EULER_MARUYAMA, chunk=10_000):
+def sample(explore, probe=FINAL, num_steps=6, num_prompts=2, kernel=EULER_MARUYAMA, chunk=10_000):
     """(model, cond, trajectory, finals) with a LoRA that is not zero."""
     model = GaussianFlow()
     model.lora.up[0].data.fill_(0.5)
@@ -42,7 +55,7 @@ def sample(explore, probe=TERMINAL, num_steps=6, num_prompts=2, kernel=EULER_MAR
 
 def chains(group_size=3, rate=None, **options):
     """Chains with their noise rates: (latent shape, noise levels, key) -> plan."""
-    explore = independent_chains(group_size, **options)
+    explore = Chains(group_size=group_size, **options)
     return lambda shape, sigmas, key: explore(shape, (rate or flow_rate(0.7))(sigmas), key)
 
 
@@ -61,7 +74,7 @@ def one_by_one(model, cond, traj, grid):
 
 
 def test_the_trunk_that_chains_share_is_found():
-    plan = make_plan(chains(group_size=3, shared_noise=True, window=lambda key, num_steps: range(2, 4)), 6)
+    plan = make_plan(chains(group_size=3, shared_noise=True, window="fixed", window_first=2, window_size=2), 6)
     sizes = [len(distinct(plan, t)[0]) for t in range(7)]
     assert sizes == [2, 2, 2, 6, 6, 6, 6]
     rows, inverse = distinct(plan, 0)
@@ -74,13 +87,13 @@ def test_the_trunk_that_chains_share_is_found():
 @pytest.mark.parametrize("grid", [full, *map(at_most, (1, 2, 3, 5))], ids=["full", "1", "2", "3", "5"])
 def test_probing_in_one_wave_gives_what_probing_one_by_one_gives(grid, kernel, shared_noise):
     explore = chains(rate=constant_rate(0.5), shared_noise=shared_noise)
-    model, cond, traj, finals = sample(explore, Probe(all_states, (grid,)), kernel=kernel)
+    model, cond, traj, finals = sample(explore, EveryGrid((grid,)), kernel=kernel)
     torch.testing.assert_close(finished(finals)[0], one_by_one(model, cond, traj, grid), atol=1e-6, rtol=1e-6)
 
 
 def test_several_grids_share_the_wave():
     grids = (full, at_most(2), at_most(1))
-    model, cond, traj, finals = sample(chains(), Probe(all_states, grids))
+    model, cond, traj, finals = sample(chains(), EveryGrid(grids))
     for found, grid in zip(finished(finals), grids, strict=True):
         torch.testing.assert_close(found, one_by_one(model, cond, traj, grid), atol=1e-6, rtol=1e-6)
 
@@ -88,8 +101,8 @@ def test_several_grids_share_the_wave():
 @pytest.mark.parametrize("grid", [full, at_most(2), at_most(1)], ids=["full", "2", "1"])
 def test_probing_a_window_gives_what_probing_one_by_one_gives(grid):
     """After the last noisy step the chain is its own whole tail, but not a shorter one."""
-    window = chains(shared_noise=True, window=lambda key, num_steps: range(1, 3))
-    model, cond, traj, finals = sample(window, Probe(all_states, (grid,)))
+    explore = chains(shared_noise=True, window="fixed", window_first=1, window_size=2)
+    model, cond, traj, finals = sample(explore, EveryGrid((grid,)))
     torch.testing.assert_close(finished(finals)[0], one_by_one(model, cond, traj, grid), atol=1e-6, rtol=1e-6)
 
 
@@ -101,12 +114,14 @@ def test_the_terminal_probe_scores_each_chains_own_image():
 
 
 def test_every_final_belongs_to_the_prompt_of_its_chain():
-    _, _, traj, finals = sample(chains(shared_noise=True), every_state())
+    _, _, traj, finals = sample(chains(shared_noise=True), EveryState())
     assert (finals.prompt[finals.index] == traj.plan.prompt[None, :, None]).all()
     assert set(finals.index.flatten().tolist()) == set(range(len(finals.latents)))
 
 
-@pytest.mark.parametrize("probe", [TERMINAL, every_state(), every_state(2)], ids=["terminal", "all", "at most 2"])
+@pytest.mark.parametrize(
+    "probe", [FinalImage(), EveryState(), EveryState(probe_evaluations=2)], ids=["terminal", "all", "at most 2"]
+)
 @pytest.mark.parametrize("chunk", [1, 4, 7, 64])
 def test_results_do_not_depend_on_the_chunk_size(probe, chunk):
     _, _, whole, all_finals = sample(chains(), probe)
@@ -119,22 +134,22 @@ def test_results_do_not_depend_on_the_chunk_size(probe, chunk):
 
 def test_calls_are_as_large_as_the_chunk_allows():
     """At step t the chains and the tails born before it: 8 (1 + t) rows."""
-    model = sample(chains(group_size=4), every_state(), num_steps=5, chunk=7)[0]
+    model = sample(chains(group_size=4), EveryState(), num_steps=5, chunk=7)[0]
     assert model.calls == sum(math.ceil(8 * (1 + t) / 7) for t in range(5))
 
 
 G, T = 24, 10
 
 
-def count(probe, shared_noise=False, num_prompts=1, window=all_steps):
-    explore = chains(group_size=G, shared_noise=shared_noise, window=window)
+def count(probe, num_prompts=1, **exploration):
+    explore = chains(group_size=G, **exploration)
     model, _, _, finals = sample(explore, probe, T, num_prompts)
     return model.evaluations, model.calls, len(finals.latents)
 
 
 @pytest.mark.parametrize("num_prompts", [1, 2])
 def test_flow_grpo_costs_one_evaluation_per_step(num_prompts):
-    assert count(TERMINAL, num_prompts=num_prompts) == (num_prompts * G * T, T, num_prompts * G)
+    assert count(FinalImage(), num_prompts=num_prompts) == (num_prompts * G * T, T, num_prompts * G)
 
 
 @pytest.mark.parametrize("num_prompts", [1, 2])
@@ -142,36 +157,35 @@ def test_dense_grpo_costs_what_can_be_derived_by_hand(num_prompts):
     """The first step of a probe is the chain's own velocity, and the last step is an ODE step: R_T-1 = R_T."""
     expected = (num_prompts * G * (T + T * (T - 1) // 2), T, num_prompts * G * T)
     assert expected[0] == num_prompts * 1320
-    assert count(every_state(), num_prompts=num_prompts) == expected
+    assert count(EveryState(), num_prompts=num_prompts) == expected
 
 
 @pytest.mark.parametrize("num_prompts", [1, 2])
 def test_chains_that_start_alike_are_probed_once_there(num_prompts):
     """Saves (G - 1)(T - 1) evaluations of the first probe, G - 1 of the first step and G - 1 images."""
     expected = (num_prompts * 1090, T, num_prompts * (1 + G * (T - 1)))
-    assert count(every_state(), shared_noise=True, num_prompts=num_prompts) == expected
+    assert count(EveryState(), shared_noise=True, num_prompts=num_prompts) == expected
 
 
 @pytest.mark.parametrize(("most", "per_chain"), [(1, 10), (2, 19), (3, 27), (5, 40), (10, 55), (64, 55)])
 def test_short_probes_cost_what_can_be_derived_by_hand(most, per_chain):
     """T + sum over states of (min(n, steps left) - 1)."""
     assert per_chain == T + sum(min(most, left) - 1 for left in range(1, T + 1))
-    assert count(every_state(most)) == (G * per_chain, T, G * T)
+    assert count(EveryState(probe_evaluations=most)) == (G * per_chain, T, G * T)
 
 
 def test_a_window_shares_the_noiseless_beginning():
     """Steps 0..3 run once, then G chains; probes are only needed up to the last noisy step."""
-    window = range(3, 6)
+    window = {"shared_noise": True, "window": "fixed", "window_first": 3, "window_size": 3}
     shared = 4 + G * (T - 4)
-    assert count(TERMINAL, shared_noise=True, window=lambda *_: window) == (shared, T, G)
-    evaluations, calls, images = count(every_state(), shared_noise=True, window=lambda *_: window)
-    # states 0..3 have their tails in common with the noiseless run; only states 4 and 5 differ per chain
-    probes = 9 + 8 + 7 + 6 + G * (5 + 4)
-    assert (evaluations, calls, images) == (shared + probes, T, 4 + 2 * G + G)
+    assert count(FinalImage(), **window) == (shared, T, G)
+    # states 0..3 are on one ODE path, so they have one tail; only states 4 and 5 differ per chain
+    probes = 6 + G * (5 + 4)
+    assert count(EveryState(), **window) == (shared + probes, T, 1 + 2 * G + G)
 
 
 def test_score_gives_every_state_the_reward_of_its_image():
-    model, cond, traj, finals = sample(chains(), every_state())
+    model, cond, traj, finals = sample(chains(), EveryState())
     panel = Panel([("bright", make_reward("brightness"), 1.0), ("dark", make_reward("brightness", target=0.0), 2.0)])
     rewards, scored, images = score(model, finals, PROMPTS, panel, 5, Untimed())
     ends = one_by_one(model, cond, traj, full)
@@ -184,7 +198,7 @@ def test_score_gives_every_state_the_reward_of_its_image():
 
 
 def test_views_are_ordered_grid_by_grid_and_reward_by_reward():
-    model, _, _, finals = sample(chains(), Probe(all_states, (full, at_most(1))))
+    model, _, _, finals = sample(chains(), EveryGrid((full, at_most(1))))
     panel = Panel([("bright", make_reward("brightness"), 1.0), ("dark", make_reward("brightness", target=0.0), 2.0)])
     rewards = score(model, finals, PROMPTS, panel, 1000, Untimed())[0]
     assert rewards.values.shape == (4, 6, 7)
@@ -212,7 +226,7 @@ class Untimed:
 
 @every_recipe
 def test_the_last_step_is_never_noisy_and_never_trained(name):
-    recipe = RECIPES[name](group_size=4)
+    recipe = make_recipe(name, group_size=4)
     plan = make_plan(recipe.plan, 6)
     assert (plan.rate[:, -1] == 0).all()
     assert not plan.train[:, -1].any()
@@ -222,7 +236,7 @@ def test_the_last_step_is_never_noisy_and_never_trained(name):
 
 @every_recipe
 def test_every_group_has_one_prompt_and_its_size(name):
-    plan = make_plan(RECIPES[name](group_size=4).plan, 6)
+    plan = make_plan(make_recipe(name, group_size=4).plan, 6)
     for g in plan.group.unique():
         assert (plan.group == g).sum() == 4
         assert len(plan.prompt[plan.group == g].unique()) == 1
@@ -231,7 +245,9 @@ def test_every_group_has_one_prompt_and_its_size(name):
 
 @pytest.mark.parametrize("kernel", [EULER_MARUYAMA, CPS], ids=["sde", "cps"])
 def test_only_noisy_steps_have_a_spread_and_a_density(kernel):
-    _, _, traj, _ = sample(chains(rate=constant_rate(0.5), window=lambda *_: range(1, 4)), kernel=kernel)
+    _, _, traj, _ = sample(
+        chains(rate=constant_rate(0.5), window="fixed", window_first=1, window_size=3), kernel=kernel
+    )
     noisy = traj.plan.rate > 0
     assert noisy.any(0).tolist() == [False, True, True, True, False, False]
     assert torch.equal(traj.std > 0, noisy)
@@ -254,7 +270,7 @@ def test_the_states_are_what_the_kernel_and_the_noise_of_each_chain_make():
 
 
 def test_no_noise_at_all_is_plain_ode_sampling():
-    model, cond, traj, finals = sample(chains(rate=constant_rate(0.0)), every_state())
+    model, cond, traj, finals = sample(chains(rate=constant_rate(0.0)), EveryState())
     expected = finish_by_ode(model, cond, traj.plan.noise, traj.sigmas, traj.plan.prompt)
     torch.testing.assert_close(traj.states[:, -1], expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(finished(finals)[0], expected[:, None].expand(-1, 7, -1, -1, -1), atol=1e-6, rtol=0)
@@ -265,14 +281,14 @@ def test_no_noise_at_all_is_plain_ode_sampling():
 def test_latents_stay_in_float32(dtype):
     model = GaussianFlow(dtype=dtype)
     plan = make_plan(chains(), 6)
-    traj, finals = rollout(model, model.encode(["a", "b"]), plan, shifted_linear(6), EULER_MARUYAMA, every_state())
+    traj, finals = rollout(model, model.encode(["a", "b"]), plan, shifted_linear(6), EULER_MARUYAMA, EveryState())
     for tensor in (traj.states, traj.std, traj.log_prob, traj.sigmas, finals.latents):
         assert tensor.dtype == torch.float32
     assert not torch.equal(traj.states[:, -1], traj.states[:, -1].bfloat16().float())
 
 
 def test_rollout_keeps_no_graph():
-    _, _, traj, finals = sample(chains(), every_state())
+    _, _, traj, finals = sample(chains(), EveryState())
     assert not any(a.requires_grad for a in (traj.states, traj.std, traj.log_prob, finals.latents))
 
 
@@ -340,7 +356,7 @@ def test_each_chain_draws_its_own_trained_steps():
 
 
 def test_a_window_may_move_with_the_iteration():
-    explore = chains(window=lambda key, num_steps: range(key[1], key[1] + 2))
+    explore = chains(window="sliding", window_size=2, window_every=1)
     for iteration in (0, 2):
         plan = explore((1, 1, 1), shifted_linear(6), (0, iteration, 0))
         assert plan.train.any(0).nonzero().flatten().tolist() == [iteration, iteration + 1]

@@ -6,16 +6,16 @@ import pytest
 import torch
 from densegrpo.engine.data import Advantages, Prompt, join
 from densegrpo.engine.distributed import Solo
-from densegrpo.engine.explore import all_steps, independent_chains
+from densegrpo.engine.explore import Chains
 from densegrpo.engine.guidance import guided
-from densegrpo.engine.kernels import CPS, EULER_MARUYAMA
 from densegrpo.engine.learner import Learner, OptimizerSettings
 from densegrpo.engine.lora import LoraSettings, add_lora
 from densegrpo.engine.loss import KLS, RATIOS, WEIGHTS, PolicyUpdate
 from densegrpo.engine.models.mmdit import MMDiT
+from densegrpo.engine.noise import StepNoise
 from densegrpo.engine.recipes import RECIPES, Recipe, make_recipe
 from densegrpo.engine.rollout import rollout
-from densegrpo.engine.schedule import constant_rate, flow_rate, shifted_linear
+from densegrpo.engine.schedule import shifted_linear
 from densegrpo.engine.update import Batch, batches, learn, replay
 from gaussian_flow import GaussianFlow
 from torch import nn
@@ -82,7 +82,7 @@ def sample(recipe, model, num_prompts=2, chunk=64):
     sigmas, cond = model.schedule(NUM_STEPS), model.encode([p.text for p in PROMPTS])
     plans = [recipe.plan(model.latent_shape, sigmas, (0, 0, slot)) for slot in range(num_prompts)]
     plan = join([replace(p, prompt=torch.full_like(p.prompt, i)) for i, p in enumerate(plans)])
-    return cond, rollout(model, cond, plan, sigmas, recipe.kernel, recipe.probe, chunk)[0]
+    return cond, rollout(model, cond, plan, sigmas, recipe.noise.step, recipe.probe, chunk)[0]
 
 
 def some_advantages(traj, seed=0):
@@ -170,9 +170,9 @@ def test_a_sampling_policy_in_low_precision_is_reported_not_hidden():
     assert stats["sampling_gap"] < 1e-2
 
 
-def plain_recipe(shared_noise=False, window=all_steps, group_size=4, **update):
-    explore = independent_chains(group_size, shared_noise=shared_noise, window=window)
-    return Recipe(explore=explore, rate=flow_rate(0.7), update=PolicyUpdate(**update))
+def plain_recipe(shared_noise=False, group_size=4, **update):
+    explore = Chains(group_size=group_size, shared_noise=shared_noise)
+    return Recipe(explore=explore, update=PolicyUpdate(**update))
 
 
 @pytest.mark.parametrize("shared_noise", [False, True])
@@ -298,12 +298,12 @@ def test_the_kl_pulls_back_to_the_untrained_model(kl):
     assert abs(model.mean) < 0.9 * before
 
 
-@pytest.mark.parametrize("kernel", [EULER_MARUYAMA, CPS], ids=["sde", "cps"])
+@pytest.mark.parametrize("kernel", ["sde", "cps"])
 def test_every_ratio_and_kl_trains_with_every_kernel(kernel):
     for ratio in RATIOS:
         for kl in KLS:
             base = plain_recipe(ratio=ratio, kl=kl, kl_weight=0.1, num_updates=2)
-            recipe = replace(base, kernel=kernel, rate=constant_rate(0.7))
+            recipe = replace(base, noise=StepNoise(kernel=kernel))
             stats, gradients = run(recipe, gaussian(), lr=1e-3)
             assert len(gradients) == 2
             assert all(g.isfinite().all() and g.ne(0).any() for g in gradients), (ratio, kl)
