@@ -24,12 +24,14 @@ from .probe import score
 from .prompts import load_prompts
 from .protocols import FlowModel
 from .random_weights import SHAPES, RandomModel, Shape
-from .recipes import Recipe, make_recipe
+from .recipes import RECIPES, Recipe, make_recipe
 from .rewards import Panel, make_reward
 from .rollout import finish_by_ode, rollout
 from .train import Clock, Counted, TrainSettings, train
+from .update import batches
 
-METHODS = ("flow_grpo", "dense_grpo")
+TIMED = ("flow_grpo", "dense_grpo", "tempflow_grpo", "g2rpo")
+"""One of each kind; the other methods run the same code on other tables."""
 
 
 class CallCounted(Counted):
@@ -67,24 +69,30 @@ def probe_one_by_one(model: FlowModel, cond: Any, traj: Trajectory, chunk: int) 
         finish_by_ode(model, cond, traj.states[:, k], traj.sigmas[k:], traj.plan.prompt, chunk)
 
 
-def count_table(model: FlowModel, cond: Any, num_steps: int, group_size: int) -> None:
-    """Evaluations and batched calls per group."""
-    say(f"evaluations and batched calls per group, T = {num_steps}, G = {group_size}")
-    for name in METHODS:
-        recipe = make_recipe(name, group_size=group_size)
+def count_table(model: FlowModel, cond: Any, num_steps: int) -> None:
+    """What one prompt costs, by method."""
+    say(
+        f"one prompt, T = {num_steps}, group sizes of the papers: evaluations and batched calls of sampling and probing,"
+    )
+    say(
+        "images to decode and score, transitions that are trained and the states they share (one training forward each)"
+    )
+    for name in RECIPES:
+        recipe = make_recipe(name)
         plan, sigmas = one_group(model, recipe, num_steps)
         counted: Any = CallCounted(model)
-        _, finals = rollout(counted, cond, plan, sigmas, recipe.noise.step, recipe.probe, chunk=10**6)
+        traj, finals = rollout(counted, cond, plan, sigmas, recipe.noise.step, recipe.probe, chunk=10**6)
+        states = sum(len(batch.state_chain) for batch in batches(traj, plan.train, 10**6))
         say(
-            f"  {name:12} {counted.evaluations:6} evaluations  {counted.calls:4} calls  {len(finals.latents):5} images"
-            f"  {int(plan.train.sum()):5} trained transitions"
+            f"  {name:14} {counted.evaluations:6} evaluations  {counted.calls:4} calls  {len(finals.latents):5} images"
+            f"  {int(plan.train.sum()):5} transitions  {states:5} states"
         )
 
 
-def wave_table(model: FlowModel, cond: Any, num_steps: int, chunk: int, batches: tuple[int, ...]) -> None:
+def wave_table(model: FlowModel, cond: Any, num_steps: int, chunk: int, sizes: tuple[int, ...]) -> None:
     """Wall time of probing one by one over that of the wave, by number of chains."""
     say(f"time of one-by-one probing / time of the wave, T = {num_steps}, at most {chunk} rows per call")
-    for size in batches:
+    for size in sizes:
         wave_row(model, cond, num_steps, chunk, size)
 
 
@@ -129,8 +137,8 @@ def train_table(model: FlowModel, cond: Any, prompts: list[Prompt], panel: Panel
     """Speed, memory and where the time goes, by method."""
     floor = forward_rate(model, cond, tuple({settings.train_batch, settings.sample_batch, 48}))
     say(f"best forward rate {floor:.0f} evaluations/s; a trained transition counts 3 (forward and backward)")
-    for name in METHODS:
-        recipe = make_recipe(name, group_size=12)
+    for name in TIMED:
+        recipe = make_recipe(name, group_size=6 if name == "tempflow_grpo" else 12)
         counted: Any = CallCounted(model)
         clock = Clock(model.device)
         plan, sigmas = one_group(model, recipe, settings.num_steps)
@@ -180,7 +188,7 @@ def bench_demo() -> None:
     panel = Panel([("shapes", make_reward("shapes", score="partial"), 1.0)])
     size = sum(p.numel() for p in model.network.parameters()) / 1e6
     say(f"\ndemo model, {size:.1f} M parameters, {model.device.type}, {model.dtype}")
-    count_table(model, cond, 10, 24)
+    count_table(model, cond, 10)
     wave_table(model, cond, 10, 64, (1, 12, 48))
     settings = TrainSettings(iterations=5, groups=4, num_steps=8, sample_batch=64, train_batch=64)
     train_table(model, cond, prompts, panel, settings)
@@ -193,7 +201,7 @@ def bench_shape(title: str, shape: Shape, device: torch.device, dtype: torch.dty
     say(f"\n{title}: {size:.2f} G random parameters, {device.type}, {dtype}, guidance {model.scale}")
     prompts = [Prompt("a prompt", {})] * 4
     panel = Panel([("brightness", make_reward("brightness"), 1.0)])
-    count_table(model, None, settings.num_steps, 12)
+    count_table(model, None, settings.num_steps)
     wave_table(model, None, settings.num_steps, settings.sample_batch, (1, 12))
     train_table(model, None, prompts, panel, settings)
 

@@ -6,11 +6,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+
 from .knobs import Choice, Knob, Option, check, options_of, suggest
 from .learner import OptimizerSettings
 from .lora import LoraSettings
 from .models import model_options
-from .recipes import recipe_options
+from .noise_table import check_table, read_table
+from .profiles import merged, profile
+from .recipes import make_recipe, recipe_options
 from .rewards import MODES, reward_options
 from .train import TrainSettings
 
@@ -77,20 +81,34 @@ FORBIDDEN = set('<>:"/\\|?*')
 
 
 def read_config(path: Path) -> RunConfig:
-    """The configuration in a file. Raises ValueError that says what is wrong and what is allowed."""
+    """The configuration in a file. Raises ValueError that says what is wrong and what is allowed.
+
+    The option ``noise_table`` may name a file, relative to ``path``: its contents are put in place, so that the
+    configuration a run saves stands alone.
+    """
+    data = read_data(path)
+    method = data.get("method") if isinstance(data, dict) else None
+    if isinstance(method, dict) and isinstance(method.get("noise_table"), str):
+        table = read_table(path.resolve().parent / method["noise_table"])
+        data = data | {"method": method | {"noise_table": table}}
+    return make_config(data)
+
+
+def read_data(path: Path) -> Any:
+    """The plain data in a configuration file. Raises ValueError when there is none."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"configuration {path} does not exist; `densegrpo recipes` shows what one can hold") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise ValueError(f"configuration {path} is not JSON: {problem}") from None
-    return make_config(data)
 
 
 def make_config(data: Any) -> RunConfig:
     """A checked configuration from plain JSON data."""
     if not isinstance(data, dict):
         raise ValueError(f"a configuration must be a JSON object, got {type(data).__name__}")
+    data = with_profile(data)
     known = RunConfig.__dataclass_fields__
     for key in data:
         if key not in known:
@@ -115,7 +133,25 @@ def make_config(data: Any) -> RunConfig:
             raise ValueError(f"{key} must be an object, got {given!r}")
         check(key, options_of(section), given)
         values[key] = section(**given)
-    return RunConfig(**values)
+    config = RunConfig(**values)
+    # A window that does not fit is refused now, not after the model has been loaded.
+    make_recipe(**config.method).explore((1,), torch.ones(config.training.num_steps), (0, 0, 0))
+    check_table(config.method.get("noise_table"), config.model, config.training.num_steps)
+    return config
+
+
+def with_profile(data: dict[str, Any]) -> dict[str, Any]:
+    """What a ``"profile"`` says of the named method, under what the configuration itself says."""
+    if "profile" not in data:
+        return data
+    method = data.get("method")
+    named("method", method, recipe_options)
+    given = {key: value for key, value in data.items() if key != "profile"}
+    model = given.get("model")
+    found = dict(profile(data["method"]["name"], data["profile"]).sections)
+    if isinstance(model, dict) and model.get("name", found["model"]["name"]) != found["model"]["name"]:
+        found.pop("model")
+    return merged(found, given)
 
 
 def named(title: str, entry: Any, options: Any, extra: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -58,6 +58,8 @@ def policy(kernel: Kernel, x: Tensor, velocity: Tensor, sigma: Tensor, sigma_nex
 
 def in_chunks(model: FlowModel, cond: Any, x: Tensor, sigma: Tensor, prompts: Tensor, chunk: int) -> Tensor:
     """Velocities of rows at one noise level, at most ``chunk`` at a time."""
+    if len(x) == 0:  # all tails skip this level
+        return x
     pieces = zip(x.split(chunk), prompts.split(chunk), strict=True)
     return torch.cat([model.velocity(part, sigma.expand(len(part)), cond, rows) for part, rows in pieces])
 

@@ -1,5 +1,5 @@
 import torch
-from densegrpo.engine.bench import bench_shape
+from densegrpo.engine import bench
 from densegrpo.engine.random_weights import Shape
 from densegrpo.engine.train import TrainSettings
 
@@ -33,12 +33,14 @@ FLUX = {
 }
 
 
-def test_the_gpu_benchmark_runs_on_tiny_shapes(capsys):
+def test_the_gpu_benchmark_runs_on_tiny_shapes(capsys, monkeypatch):
     """The same code that measures SD3.5-medium and FLUX.1 shapes on a GPU."""
-    settings = TrainSettings(iterations=2, groups=1, num_steps=3, sample_batch=8, train_batch=8)
+    monkeypatch.setattr(bench, "TIMED", ("flow_grpo", "g2rpo"))
+    settings = TrainSettings(iterations=2, groups=1, num_steps=5, sample_batch=8, train_batch=8)
     for family, config in (("SD3Transformer2DModel", SD3), ("FluxTransformer2DModel", FLUX)):
         shape = Shape(family, config, TINY_VAE, text_tokens=5, latent_size=8)
-        bench_shape(family, shape, torch.device("cpu"), torch.bfloat16, settings)
+        bench.bench_shape(family, shape, torch.device("cpu"), torch.bfloat16, settings)
     printed = capsys.readouterr().out
-    assert printed.count("of the forward rate") == 4
-    assert "dense_grpo       72 evaluations     3 calls     36 images" in printed
+    assert printed.count("of the forward rate") == 2 * 2
+    assert "dense_grpo        360 evaluations     5 calls    120 images     96 transitions     96 states" in printed
+    assert "tempflow_grpo     256 evaluations     5 calls     96 images     96 transitions     16 states" in printed
