@@ -71,8 +71,8 @@ def probe_one_by_one(model: FlowModel, cond: Any, traj: Trajectory, chunk: int) 
 
 def count_table(model: FlowModel, cond: Any, num_steps: int) -> None:
     """What one prompt costs, by method."""
-    say(f"cost of one prompt, T = {num_steps}, group sizes of the papers: evaluations and batched calls of sampling and")
-    say("probing, images to score, transitions that are trained and the states they share (one training forward each)")
+    say(f"cost of one prompt, T = {num_steps}, group sizes of the papers: evaluations and batched calls of sampling,")
+    say("images to score, transitions that are trained and the states they share (one training forward each)")
     for name in RECIPES:
         recipe = make_recipe(name)
         plan, sigmas = one_group(model, recipe, num_steps)
