@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test bench lint demo-model
+.PHONY: demo compare test bench lint demo-model
 
 # torch comes first and alone: named with its exact version, pip keeps the build that is already at hand.
 .venv/installed: pyproject.toml constraints.txt
@@ -15,6 +15,10 @@ export TOKENIZERS_PARALLELISM := false
 
 demo: .venv/installed
 	$(BIN)/densegrpo demo
+
+# The plan says how long. Stopped and repeated, it goes on with the missing runs; see runs/compare/comparison.html.
+compare: .venv/installed
+	$(BIN)/densegrpo compare engine/demo/compare.json
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q

@@ -67,3 +67,23 @@ def evaluate(
     scores = dict(zip(names, table[1:], strict=True))
     means = {name: values.nanmean().item() for name, values in scores.items()}
     return Evaluation(means, scores, torch.stack(kept), shown, table.shape[1])
+
+
+@torch.no_grad()
+def drift(model: FlowModel, cond: Any, num_prompts: int, num_steps: int, batch: int) -> float:
+    """How far the model has moved: mean squared velocity difference to the untrained one, the velocity form of KL.
+
+    Along ODE paths of the trained model, one for each of ``num_prompts`` encoded prompts, from the same noise always:
+    so methods with different steps and KL options can be compared.
+    """
+    sigmas, found = model.schedule(num_steps).to(model.device), []
+    for prompts in torch.arange(num_prompts).split(batch):
+        starts = [normal(model.latent_shape, Purpose.EVALUATION, 0, slot=p, chain=0) for p in prompts.tolist()]
+        x = torch.stack(starts).to(model.device)
+        for t in range(num_steps):
+            sigma = sigmas[t].expand(len(x))
+            velocity = model.velocity(x, sigma, cond, prompts)
+            with model.lora.disabled():
+                found.append((velocity - model.velocity(x, sigma, cond, prompts)).square().flatten(1).mean(1))
+            x = x + velocity * (sigmas[t + 1] - sigmas[t])
+    return torch.cat(found).mean().item()

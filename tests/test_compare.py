@@ -1,5 +1,6 @@
 """Comparisons: what a plan may say, how its runs are done, and whether the numbers are right."""
 
+import base64
 import csv
 import json
 import math
@@ -8,12 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from densegrpo.engine import cli, compare
+from densegrpo.engine import cli, compare, compare_worker
 from densegrpo.engine.compare_plan import Budget, make_comparison, read_comparison
-from densegrpo.engine.compare_report import write_comparison
+from densegrpo.engine.compare_report import colours, make_task, write_comparison
 from densegrpo.engine.compare_statistics import (
     Curve,
     Estimate,
@@ -26,6 +28,7 @@ from densegrpo.engine.compare_statistics import (
     t_test,
     verdict,
 )
+from densegrpo.engine.compare_worker import measurements
 
 SHIPPED = Path(cli.__file__).parent / "demo" / "compare.json"
 SHUFFLED = "Flow-GRPO, shuffled rewards"
@@ -100,9 +103,10 @@ def test_options_that_do_not_go_together_are_refused_before_anything_starts():
         make_comparison(changed(methods={"A": {"method": method}}))
 
 
-def test_prompts_that_do_not_suit_a_reward_are_refused_before_anything_starts(tmp_path, capsys):
+@pytest.mark.parametrize("key", ["prompts", "held_out_prompts"])
+def test_prompts_that_do_not_suit_a_reward_are_refused_before_anything_starts(key, tmp_path, capsys):
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps(changed(tasks={"shapes": {"rewards": [{"name": "shapes"}], "prompts": ["a dog"]}})))
+    plan.write_text(json.dumps(changed(tasks={"shapes": {"rewards": [{"name": "shapes"}], key: ["a dog"]}})))
     assert cli.main(["compare", str(plan), "--out", str(tmp_path / "out")]) == 2
     assert "task 'shapes', method 'Flow-GRPO': reward shapes: prompt 'a dog'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -198,9 +202,9 @@ def test_measurements_count_training_only_and_average_what_happened_since_the_la
     assert third["evaluations"] == sum(row["evaluations"] for row in training)
     assert third["iteration"] == len(training)
     recent = training[second["iteration"] :]
-    for name, ours in (("kl", "kl"), ("reward", "training_reward")):
-        assert third[ours] == pytest.approx(np.mean([row[name] for row in recent]))
+    assert third["training_reward"] == pytest.approx(np.mean([row["reward"] for row in recent]))
     assert (first["iteration"], first["kl"]) == (0, 0.0)
+    assert third["kl"] > 0
 
 
 def test_seeds_and_methods_differ_but_start_from_the_same_scores(comparison):
@@ -239,6 +243,16 @@ def test_a_stopped_comparison_keeps_finished_runs_and_the_same_command_does_the_
     assert (methods[0] / "seed_0" / "result.json").stat().st_mtime_ns == untouched
 
 
+def test_a_worker_does_not_outlive_a_comparison_that_is_killed(copied):
+    run = copied / "darkness" / "Flow-GRPO" / "seed_0"
+    (run / "budget.json").write_text(json.dumps({"evaluations": 1e12}))
+    worker = compare.start_worker(run)
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(1)
+    worker.stdin.close()
+    assert worker.wait(30) == 1
+
+
 def test_a_finished_run_of_another_plan_is_refused_and_kept(copied, capsys):
     plan = changed()
     plan["base"]["optimizer"]["lr"] = 2e-3
@@ -269,6 +283,50 @@ def test_a_run_that_fails_is_named_and_the_others_are_reported(copied, monkeypat
     assert again(copied) == 1
     assert f"darkness, {SHUFFLED}, seed 1: no score today (see " in capsys.readouterr().err
     assert "3 of 4 planned runs" in (copied / "comparison.md").read_text(encoding="utf-8")
+
+
+class Stub:
+    """A session whose iterations take 10 evaluations and 2 seconds each, and whose measurements take 100 seconds."""
+
+    def __init__(self, folder, budget):
+        (folder / "budget.json").write_text(json.dumps(budget))
+        self.run = SimpleNamespace(folder=folder, config=make_comparison(PLAN).config("darkness", "Flow-GRPO", 0))
+        self.now = 1000.0
+
+    def clock(self):
+        return self.now
+
+    def evaluate(self, name):
+        self.now += 100
+        return SimpleNamespace(means={"darkness": 0.5}, num_images=1)
+
+    def iterations(self):
+        for number in range(1, 1000):
+            self.now += 2
+            stats = {"evaluations": 10.0, "reward": float(number)}
+            yield SimpleNamespace(number=number, iteration=SimpleNamespace(stats=stats))
+
+
+@pytest.mark.parametrize(
+    ("budget", "measured"),
+    [
+        ({"evaluations": 80, "seconds": 0, "measure_points": 2}, [0, 4, 8]),
+        ({"evaluations": 0, "seconds": 12, "measure_points": 2}, [0, 3, 6]),
+        ({"evaluations": 80, "seconds": 12, "measure_points": 2}, [0, 3, 4, 6, 8]),
+        ({"evaluations": 40, "seconds": 20, "measure_points": 1}, [0, 4, 10]),
+    ],
+)
+def test_a_run_goes_on_until_every_budget_is_spent_and_the_time_of_measuring_does_not_count(
+    tmp_path, monkeypatch, budget, measured
+):
+    monkeypatch.setattr(compare_worker, "moved", lambda session: 0.0)
+    session = Stub(tmp_path, budget)
+    found = list(measurements(session, session.clock))
+    assert [row["iteration"] for row in found] == measured
+    assert [row["seconds"] for row in found] == [2.0 * number for number in measured]
+    assert [row["evaluations"] for row in found] == [10.0 * number for number in measured]
+    last = range(measured[-2] + 1, measured[-1] + 1)
+    assert found[-1]["training_reward"] == pytest.approx(np.mean(last))
 
 
 def curve(evaluations, reward, seed=0, seconds=None):
@@ -368,6 +426,9 @@ def test_the_report_says_what_hand_made_results_mean(tmp_path):
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert {len(line) for line in cells} == {12, 5}  # no row shorter than its head
     table = {line[0]: line for line in cells}
+    pictures = re.findall('base64,([^"]*)', (tmp_path / "comparison.html").read_text(encoding="utf-8"))
+    shown = ["Flow-GRPO 0 before", *(f"{method} 0 after" for method in methods)]
+    assert [base64.b64decode(data).decode() for data in pictures[1:]] == shown
     assert "0.511 is half way from the base model's 0.200 to the best method's 0.822 (DenseGRPO)." in text
     reached, difference = text.split("Difference to Flow-GRPO")
     assert "| Flow-GRPO | 3 | 10 | 100 | 2 | 0.620 ± 0.050 | 0.620 ± 0.050 |" in reached
@@ -377,11 +438,26 @@ def test_the_report_says_what_hand_made_results_mean(tmp_path):
     assert "darkness (trained) at 2 CPU seconds" in difference
 
 
+def test_a_control_is_never_the_best_method_and_has_the_colour_of_the_method_it_shuffles(tmp_path):
+    methods = {SHUFFLED: PLAN["methods"][SHUFFLED], "DenseGRPO": {"method": {"name": "dense_grpo"}}}
+    methods |= {"Slow": {"method": {"name": "flow_grpo"}, "optimizer": {"lr": 1e-5}}, **PLAN["methods"]}
+    comparison = make_comparison(changed(methods=methods, evaluations=100))
+    jobs = comparison.jobs(tmp_path, tmp_path)
+    for job in jobs:
+        write_result(job, [0.2, 0.9 if job.method == SHUFFLED else 0.1], seconds=1)
+    write_comparison(comparison, jobs, tmp_path)
+    assert "No method raised the held-out reward" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    found = colours(make_task(comparison, "darkness", jobs))
+    assert list(found) == list(methods)
+    assert found[SHUFFLED] in (found["Slow"], found["Flow-GRPO"])
+    assert len({found[method] for method in methods if method != SHUFFLED}) == 3
+
+
 def write_result(job, reward, seconds):
     """A run that was measured before training and at its end."""
     job.run.folder.joinpath("samples").mkdir(parents=True)
     for name in ("before", "after"):
-        (job.run.folder / "samples" / f"{name}.png").write_bytes(b"")
+        (job.run.folder / "samples" / f"{name}.png").write_bytes(f"{job.method} {job.seed} {name}".encode())
     found = [
         {"iteration": 10 * i, "evaluations": 100 * i, "seconds": seconds * i, "reward": reward[i], "kl": 0.0}
         | {"training_reward": None, "scores": {"darkness": reward[i], "held-out/shapes strict": None}}
