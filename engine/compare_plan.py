@@ -25,6 +25,7 @@ from typing import Annotated, Any, NamedTuple
 from .config import RunConfig, check_name, make_config
 from .errors import errors_named
 from .knobs import Knob, check, options_of, suggest
+from .noise_table import read_table
 from .prompts import load_prompts
 from .recipes import make_recipe
 from .run import Run, evaluation_panel, training_panel
@@ -147,14 +148,28 @@ REQUIRED = ("name", "base", "tasks", "methods", "seeds")
 
 
 def read_comparison(path: Path) -> Comparison:
-    """The plan in a file. Raises ValueError that says what is wrong and what is allowed."""
+    """The plan in a file; a ``noise_table`` may name a file beside it.
+
+    Raises ValueError that says what is wrong and what is allowed.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"plan {path} does not exist; the shipped one is engine/demo/compare.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise ValueError(f"plan {path} is not JSON: {problem}") from None
+    if isinstance(data, dict) and isinstance(data.get("methods"), dict):
+        folder = path.resolve().parent
+        data = data | {"methods": {name: with_table(part, folder) for name, part in data["methods"].items()}}
     return make_comparison(data)
+
+
+def with_table(part: Any, folder: Path) -> Any:
+    """A method whose ``noise_table`` is no file name in ``folder`` any more but what the file holds."""
+    method = part.get("method") if isinstance(part, dict) else None
+    if not isinstance(method, dict) or not isinstance(method.get("noise_table"), str):
+        return part
+    return part | {"method": method | {"noise_table": read_table(folder / method["noise_table"])}}
 
 
 def make_comparison(data: Any) -> Comparison:

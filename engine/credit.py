@@ -1,6 +1,6 @@
 """Credit assignment: rewards of states [V, B, T+1] -> credit of steps [V, B, T]. All are pure.
 
-Each also takes the group [B] of every chain, which only the balancing of turning points looks at.
+Each also takes the group [B] of every chain and its noisy steps [B, T] (None: all), which only turning points look at.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from .data import StepRewards
 from .knobs import Choice, flag
 
 
-def broadcast_terminal(rewards: StepRewards, group: Tensor) -> Tensor:
+def broadcast_terminal(rewards: StepRewards, group: Tensor, noisy: Tensor | None = None) -> Tensor:
     """Every step gets the final reward (Flow-GRPO, arXiv 2505.05470)."""
     return rewards.values[..., -1:].expand_as(rewards.values[..., 1:])
 
 
-def gain(rewards: StepRewards, group: Tensor) -> Tensor:
+def gain(rewards: StepRewards, group: Tensor, noisy: Tensor | None = None) -> Tensor:
     """Each step gets the reward it added (DenseGRPO, arXiv 2601.20218, eq. 7); they sum to R_T - R_0."""
     return rewards.values.diff(dim=-1)
 
 
-def after_step(rewards: StepRewards, group: Tensor) -> Tensor:
+def after_step(rewards: StepRewards, group: Tensor, noisy: Tensor | None = None) -> Tensor:
     """Each step gets the reward of the state it led to (G2RPO, arXiv 2510.01982)."""
     return rewards.values[..., 1:]
 
@@ -33,7 +33,7 @@ class TurningPoints:
     """Gains, but a turning point gets the whole gain from its state to the end (TP-GRPO, arXiv 2602.06422).
 
     A step is a turning point when it follows the chain's overall trend and the step before went against it (definition
-    4.1); the first step, when it follows the trend. Signs are strict: a step that changed nothing is none.
+    4.1); the first noisy step, when it follows the trend. Signs are strict: a step that changed nothing is none.
     """
 
     consistent: Annotated[bool, flag("a turning point must also be followed by a gain in its own direction")] = True
@@ -46,17 +46,19 @@ class TurningPoints:
         str, Choice(("aggregate", "trend"), "ranked by the credit they get, or (authors' code) by the chain's gain")
     ] = "aggregate"
 
-    def __call__(self, rewards: StepRewards, group: Tensor) -> Tensor:
+    def __call__(self, rewards: StepRewards, group: Tensor, noisy: Tensor | None = None) -> Tensor:
         """[V, B, T+1] -> [V, B, T]."""
-        return torch.where(self.mark(rewards, group), aggregate(rewards), gain(rewards, group))
+        return torch.where(self.mark(rewards, group, noisy), aggregate(rewards), gain(rewards, group, noisy))
 
-    def mark(self, rewards: StepRewards, group: Tensor) -> Tensor:
+    def mark(self, rewards: StepRewards, group: Tensor, noisy: Tensor | None = None) -> Tensor:
         """[V, B, T] bool: the turning points, after balancing."""
-        reward, gains = rewards.values, gain(rewards, group)
+        reward, gains = rewards.values, gain(rewards, group, noisy)
         trend = reward[..., -1:] - reward[..., :1]
         follows = gains.sign() * trend.sign()
-        against_before = torch.nn.functional.pad(follows[..., :-1] < 0, (1, 0), value=True)
-        turns = (follows > 0) & against_before
+        against_before = torch.nn.functional.pad(follows[..., :-1] < 0, (1, 0))
+        noisy = torch.ones_like(gains[0], dtype=torch.bool) if noisy is None else noisy
+        first = noisy & (noisy.cumsum(1) == 1)
+        turns = (follows > 0) & (against_before | first)
         if self.consistent:
             # For the first step this implies following the trend, which is the sum of both gains.
             turns &= gains.sign() * (reward[..., -1:] - reward[..., 1:]).sign() > 0
@@ -78,13 +80,14 @@ def aggregate(rewards: StepRewards) -> Tensor:
 def balanced(turns: Tensor, size: Tensor) -> Tensor:
     """As many positive as negative turning points: the largest of the larger side stay. All [B, T].
 
-    When one side is empty, all stay. Among equal sizes ``topk`` chooses, as in the authors' code.
+    When one side is empty, all stay; those of size 0 are on neither side and stay. Among equal sizes ``topk`` chooses,
+    as in the authors' code.
     """
     sides = [(turns & side).flatten().nonzero().flatten() for side in (size > 0, size < 0)]
     fewer = min(len(side) for side in sides)
     if fewer == 0:
         return turns
-    kept = torch.zeros_like(turns).flatten()
+    kept = (turns & (size == 0)).flatten()
     for side in sides:
         kept[side[size.flatten()[side].abs().topk(fewer).indices]] = True
     return kept.view_as(turns)

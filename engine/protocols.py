@@ -114,5 +114,5 @@ class Probe(Protocol):
         ...
 
 
-Credit = Callable[[StepRewards, Tensor], Tensor]
-"""([V, B, T+1] rewards of states, [B] group of each chain) -> [V, B, T] credit of steps."""
+Credit = Callable[[StepRewards, Tensor, Tensor], Tensor]
+"""([V, B, T+1] rewards of states, [B] group of each chain, [B, T] noisy steps) -> [V, B, T] credit of steps."""

@@ -142,18 +142,27 @@ def pick_prompts(num_prompts: int, groups: int, seed: int, iteration: int) -> li
 
 
 def assign(recipe: Recipe, rewards: StepRewards, plan: Plan, world: World) -> tuple[Tensor, Advantages]:
-    """Credit [V, B', T] of all processes' chains, and the advantages of this process's own."""
+    """Credit [V, B', T] of all processes' chains, and the advantages of this process's own.
+
+    A step is ranked among all chains that are noisy there; which of them are trained is another matter.
+    """
     slot = torch.tensor([key[2] for key in plan.key])
+    slots = world.gather(slot)
+    # In the order of prompt slots, as one process has them: where turning points tie, order decides.
+    order = slots.argsort(stable=True)
     # Processes number their groups alike; with its slot, which only one of them has, a group is unmistakable.
-    names = torch.stack([world.gather(slot), world.gather(plan.group)], 1)
+    names = torch.stack([slots, world.gather(plan.group)], 1)[order]
     group = names.unique(dim=0, return_inverse=True)[1]
-    everyone = replace(rewards, values=world.gather(rewards.values, 1))
-    credit = recipe.credit(everyone, group)
-    advantages = recipe.normalise(credit, everyone, group, world.gather(plan.train))
+    everyone = replace(rewards, values=world.gather(rewards.values, 1)[:, order])
+    train, noisy = world.gather(plan.train)[order], world.gather(plan.rate > 0)[order]
+    credit = recipe.credit(everyone, group, noisy)
+    found = recipe.normalise(credit, everyone, group, noisy)
+    mask = found.mask & train
+    back = order.argsort()
     counts = world.gather(torch.tensor([len(slot)])).tolist()
     start = sum(counts[: world.rank])
-    mine = slice(start, start + len(slot))
-    return credit, Advantages(advantages.values[mine], advantages.mask[mine])
+    mine = back[start : start + len(slot)]
+    return credit[:, back], Advantages(found.values.masked_fill(~mask, 0)[mine], mask[mine])
 
 
 def shuffled(rewards: StepRewards, plan: Plan) -> StepRewards:

@@ -116,8 +116,8 @@ class Wave:
         place[kept] = torch.arange(len(kept))
         index = torch.where(self.index >= 0, self.index + len(kept), place[inverse][:, None].where(self.own, -1))
         for k in reversed(range(self.like_next.shape[-1])):
-            like_next = self.like_next[..., k] & self.wanted[:, k]
-            index[..., k] = torch.where(like_next, index[..., k + 1], index[..., k])
+            index[..., k] = torch.where(self.like_next[..., k], index[..., k + 1], index[..., k])
+        index = index.where(self.wanted, -1)
         last = index.gather(2, self.rests_after.expand(len(index), -1)[..., None])[..., 0]
         index[..., -1] = torch.where(self.to_the_end, place[inverse], last)
         prompt = torch.cat([self.plan.prompt[rows[kept]], self.prompt])

@@ -1,12 +1,17 @@
-"""The same run on one and on two processes, started as a user would start it."""
+"""The same run on one and on two processes: every method with two threads for processes, some started for real."""
 
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
 from densegrpo.engine import cli
+from densegrpo.engine.distributed import Solo
+from densegrpo.engine.train import TrainSettings, train
+from method_variants import NAMES, PROMPTS, VARIANTS, Counting, Recording, panel, small
 from safetensors.torch import load_file
 
 CONFIG = {
@@ -39,10 +44,10 @@ def numbers(folder):
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-def on_one_and_on_two(tmp_path, scope, groups):
+def on_one_and_on_two(tmp_path, groups, **method):
     """The folders of the same run, after every metric was found equal."""
     path = tmp_path / "shared.json"
-    changes = {"method": CONFIG["method"] | {"std_scope": scope}, "training": CONFIG["training"] | {"groups": groups}}
+    changes = {"method": CONFIG["method"] | method, "training": CONFIG["training"] | {"groups": groups}}
     path.write_text(json.dumps(CONFIG | changes))
     assert cli.main(["train", str(path), "--out", str(tmp_path / "one")]) == 0
     launch(2, "train", path, "--out", tmp_path / "two")
@@ -59,7 +64,7 @@ def on_one_and_on_two(tmp_path, scope, groups):
 @pytest.mark.parametrize("scope", ["group", "global"])
 def test_two_processes_learn_what_one_learns(tmp_path, scope):
     """Three groups on two processes: unequal shares on purpose."""
-    one, two = on_one_and_on_two(tmp_path, scope, groups=3)
+    one, two = on_one_and_on_two(tmp_path, 3, std_scope=scope)
     mine, theirs = load_file(one / "lora.safetensors"), load_file(two / "lora.safetensors")
     for name, value in mine.items():
         torch.testing.assert_close(theirs[name], value, atol=1e-5, rtol=0)
@@ -69,7 +74,76 @@ def test_two_processes_learn_what_one_learns(tmp_path, scope):
 @pytest.mark.parametrize("scope", ["group", "global"])
 def test_groups_of_different_processes_are_never_mixed(tmp_path, scope):
     """Five groups: with numbers made from each process's own count, two of them were once the same."""
-    on_one_and_on_two(tmp_path, scope, groups=5)
+    on_one_and_on_two(tmp_path, 5, std_scope=scope)
+
+
+OTHERS = [
+    {"name": "tempflow_grpo", "num_seeds": 2},
+    {"name": "g2rpo"},
+    {"name": "tp_grpo", "balance": "batch"},
+    {"name": "flow_grpo_fast", "window_size": 2, "window_end": 0, "step_weight": "noise"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", OTHERS, ids=lambda m: m["name"])
+def test_two_processes_learn_what_one_learns_with_other_methods(tmp_path, method):
+    one, two = on_one_and_on_two(tmp_path, 3, **method)
+    mine, theirs = load_file(one / "lora.safetensors"), load_file(two / "lora.safetensors")
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-4, rtol=0)
+
+
+class Half:
+    """One of two threads that play processes."""
+
+    size = 2
+
+    def __init__(self, rank, barrier, table):
+        self.rank, self.barrier, self.table = rank, barrier, table
+
+    def exchange(self, value):
+        """What both brought, in rank order."""
+        self.table[self.rank] = value
+        self.barrier.wait(timeout=60)
+        both = list(self.table)
+        self.barrier.wait(timeout=60)
+        return both
+
+    def sum(self, values):
+        """All-reduce."""
+        return sum(self.exchange(values))
+
+    def gather(self, rows, dim=0):
+        """All-gather."""
+        return torch.cat(self.exchange(rows), dim)
+
+
+def trained(recipe, world, groups):
+    """(gradients of all optimizer steps, statistics of all iterations) of one process."""
+    model = Counting()
+    learner, cond = Recording(model), model.encode([p.text for p in PROMPTS])
+    options = TrainSettings(iterations=2, groups=groups, num_steps=6, sample_batch=7, train_batch=5)
+    stats = [i.stats for i in train(model, cond, PROMPTS, panel(), recipe, learner, options, world)]
+    return learner.gradients, stats
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=NAMES)
+@pytest.mark.parametrize("groups", [3, 5])
+def test_the_gradients_and_statistics_of_every_method_do_not_depend_on_the_number_of_processes(name, options, groups):
+    """Unequal shares on purpose; each process ends with the gradients and the numbers of all."""
+    recipe, barrier, table = small(name, options), Barrier(2), [None, None]
+    gradients, stats = trained(recipe, Solo(), groups)
+    with ThreadPoolExecutor(2) as threads:
+        halves = list(threads.map(lambda rank: trained(recipe, Half(rank, barrier, table), groups), range(2)))
+    for found, numbers_found in halves:
+        assert len(found) == len(gradients)
+        for a, b in zip(found, gradients, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4 * float(b.abs().max()) + 1e-7, rtol=1e-3)
+        for a, b in zip(numbers_found, stats, strict=True):
+            assert a.keys() == b.keys()
+            for key in set(a) - {"processes", *(key for key in a if key.startswith("seconds"))}:
+                assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), key
 
 
 @pytest.mark.slow

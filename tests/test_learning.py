@@ -2,6 +2,7 @@
 
 import pytest
 from densegrpo.engine.config import make_config
+from densegrpo.engine.recipes import RECIPES
 from densegrpo.engine.run import Run, Session
 
 pytestmark = pytest.mark.slow
@@ -21,12 +22,16 @@ FOUR_PROMPTS = [
 ]
 
 
-def held_out_reward(tmp_path, method, reward, iterations, *, prompts="demo:train", seed=0, shuffle=False):
+def held_out_reward(
+    tmp_path, method, reward, iterations, *, prompts="demo:train", seed=0, shuffle=False, **method_options
+):
     """(before, after) of the trained reward on held-out prompts."""
+    # The clip ranges of the recipes belong to large latents and to thousands of small steps.
+    options = {"group_size": GROUP_SIZE, "clip_range": 1e-2, "kl_weight": 0.0} | method_options
     config = {
         "name": "learning",
         "model": {"name": "demo"},
-        "method": {"name": method, "group_size": GROUP_SIZE, "clip_range": 1e-2, "kl_weight": 0.0},
+        "method": {"name": method} | options,
         "rewards": [reward],
         "prompts": prompts,
         "held_out_prompts": "demo:held_out",
@@ -53,16 +58,39 @@ def held_out_reward(tmp_path, method, reward, iterations, *, prompts="demo:train
 DENSE_SHAPES = {"name": "shapes", "score": "dense"}
 
 
-@pytest.mark.parametrize(("method", "iterations"), [("dense_grpo", 20), ("flow_grpo", 40)])
-def test_the_dense_shapes_reward_rises_on_held_out_prompts(tmp_path, method, iterations):
-    before, after = held_out_reward(tmp_path, method, DENSE_SHAPES, iterations)
-    assert after >= before + 0.15
+LESSONS = {
+    "flow_grpo": (20, {}),
+    "flow_grpo_fast": (20, {}),
+    "dance_grpo": (20, {"noise": 0.7}),  # at 0.3, its noise for 16 and more steps, images of a group hardly differ
+    "mix_grpo": (20, {}),
+    "mix_grpo_flash": (20, {}),
+    "dense_grpo": (8, {}),
+    "tempflow_grpo": (6, {"group_size": 6, "num_seeds": 2}),
+    "g2rpo": (5, {}),
+    "tp_grpo": (8, {}),
+}
+"""Iterations, and options: about as much work for each method, 4 groups an iteration."""
 
 
-@pytest.mark.parametrize(("method", "iterations"), [("dense_grpo", 20), ("flow_grpo", 40)])
-def test_nothing_is_learnt_from_shuffled_rewards(tmp_path, method, iterations):
-    before, after = held_out_reward(tmp_path, method, DENSE_SHAPES, iterations, shuffle=True)
-    assert after <= before + 0.05
+def test_every_method_has_its_lesson():
+    assert set(LESSONS) == set(RECIPES)
+
+
+@pytest.mark.parametrize("method", LESSONS)
+def test_the_dense_shapes_reward_rises_on_held_out_prompts(tmp_path, method):
+    iterations, options = LESSONS[method]
+    before, after = held_out_reward(tmp_path, method, DENSE_SHAPES, iterations, **options)
+    print(f"{method}: {before:.3f} -> {after:.3f}")
+    assert after >= before + 0.2
+
+
+@pytest.mark.parametrize("method", ["flow_grpo", "dense_grpo", "g2rpo"])
+def test_nothing_is_learnt_from_shuffled_rewards(tmp_path, method):
+    """A model pushed at random drifts both ways: over nine such runs by 0.006 +- 0.08."""
+    iterations, options = LESSONS[method]
+    before, after = held_out_reward(tmp_path, method, DENSE_SHAPES, iterations, shuffle=True, **options)
+    print(f"{method}: {before:.3f} -> {after:.3f}")
+    assert after <= before + 0.15
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
