@@ -18,10 +18,16 @@ class GroupNorm:
     of the group: without the floor, steps whose gains are almost pure noise are blown up to unit variance.
     """
 
-    std_scope: Annotated[str, Choice(("group", "global"), "whose spread divides: the group's or all groups'")] = "group"
-    norm_axis: Annotated[str, Choice(("step", "joint"), "normalise each step by itself, or all steps together")] = (
-        "step"
-    )
+    std_scope: Annotated[
+        str, Choice(("group", "global"), "whose spread divides: the group's (papers) or all groups' (Flow-GRPO's code)")
+    ] = "group"
+    norm_axis: Annotated[
+        str,
+        Choice(
+            ("step", "joint"),
+            "normalise each step by itself, or all steps together (Stepwise-Flow-GRPO, arXiv 2603.28718)",
+        ),
+    ] = "step"
     std_floor: Annotated[float, Knob(0.0, 10.0, "floor of a step's spread, as a share of the spread of all steps")] = (
         0.0
     )

@@ -19,7 +19,7 @@ from .knobs import Choice, Knob, Numbers, Option, options_of
 from .models import MODELS, model_options, model_settings
 from .profiles import MODELS as PROFILE_MODELS
 from .profiles import profile
-from .recipes import RECIPES, recipe_options
+from .recipes import RECIPES, parts_of
 from .rewards import REWARDS, reward_class, reward_options
 from .train import RewardError
 
@@ -219,9 +219,12 @@ def recipes_command(options: argparse.Namespace) -> int:
 
 def method_command(name: str, profile_name: str | None) -> int:
     """Options of one method, or its profile as JSON to start a configuration from."""
-    known = recipe_options(name)
+    parts = parts_of(name)
     if profile_name is None:
-        show(f"{name}: {inspect.cleandoc(RECIPES[name].__doc__ or '')}\n", known)
+        print(f"{name}: {inspect.cleandoc(RECIPES[name].__doc__ or '')}\n")
+        for part, value in parts.items():
+            own = {key: o._replace(default=getattr(value, key)) for key, o in options_of(type(value)).items()}
+            show(f"{part}: {first_line(type(value))}", own)
         for model in PROFILE_MODELS:
             print(f'    "profile": "{model}"    {profile(name, model).source}')
         return 0

@@ -89,10 +89,13 @@ class Chains:
     """G whole chains per prompt, noisy at the steps of a window that the group shares."""
 
     group_size: GroupSize = 24
-    shared_noise: Annotated[bool, flag("start all images of a group from the same noise")] = False
+    shared_noise: Annotated[bool, flag("start all images of a group from the same noise (DanceGRPO, MixGRPO)")] = False
     window: Annotated[
         str,
-        Choice(("all", "fixed", "sliding", "random"), "which steps are noisy and trained; the others are ODE steps"),
+        Choice(
+            ("all", "fixed", "sliding", "random"),
+            "noisy and trained steps; the others are ODE steps (sliding: MixGRPO, random: Flow-GRPO-Fast)",
+        ),
     ] = "all"
     window_size: Annotated[int, Knob(1, 99, "steps in a window")] = 4
     window_first: Annotated[int, Knob(0, 98, "a window lies at or after this step")] = 0
@@ -100,7 +103,7 @@ class Chains:
     window_every: Annotated[int, Knob(1, 100_000, "iterations until a sliding window moves one step")] = 25
     roll_back: Annotated[bool, flag("a sliding window starts over when it came to the end; otherwise it stays")] = True
     train_fraction: Annotated[
-        float, Knob(0.01, 1.0, "random part of the noisy steps of each chain that is trained")
+        float, Knob(0.01, 1.0, "random part of the noisy steps of each chain that is trained (DanceGRPO: 0.6)")
     ] = 1.0
 
     def __call__(self, latent_shape: tuple[int, ...], rates: Tensor, key: Key) -> Plan:
@@ -145,10 +148,10 @@ class Branches:
     """
 
     group_size: GroupSize = 12
-    num_seeds: Annotated[int, Knob(1, 64, "starting noises per prompt")] = 1
-    branch_share: Annotated[float, Knob(0.01, 1.0, "part of the steps, from the first on, at which chains branch")] = (
-        1.0
-    )
+    num_seeds: Annotated[int, Knob(1, 64, "starting noises per prompt (TempFlow-GRPO: 4)")] = 1
+    branch_share: Annotated[
+        float, Knob(0.01, 1.0, "part of the steps, from the first on, at which chains branch (G2RPO: 0.5)")
+    ] = 1.0
     across_seeds: Annotated[bool, flag("compare the branches of one step over all starting noises of a prompt")] = False
 
     def __call__(self, latent_shape: tuple[int, ...], rates: Tensor, key: Key) -> Plan:

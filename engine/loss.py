@@ -100,15 +100,16 @@ class PolicyUpdate:
     """PPO's clipped objective plus a KL penalty; the clip range is tiny because densities are means per element."""
 
     clip_range: Annotated[float, Knob(1e-8, 1.0, "how far a ratio may go before its gradient stops")] = 1e-4
-    ratio: Annotated[str, Choice(tuple(RATIOS), "plain, or GRPO-Guard's normalised ratio")] = "plain"
+    ratio: Annotated[str, Choice(tuple(RATIOS), "plain, or GRPO-Guard's normalised ratio (arXiv 2510.22319)")] = "plain"
     step_weight: Annotated[
-        str, Choice(tuple(WEIGHTS), "which steps count more: none, noisy ones (TempFlow), short ones (Guard)")
+        str, Choice(tuple(WEIGHTS), "which steps count more: none, noisy ones (TempFlow-GRPO), short ones (GRPO-Guard)")
     ] = "uniform"
     kl: Annotated[str, Choice(tuple(KLS), "which KL form pulls to the untrained model")] = "exact"
     kl_weight: Annotated[float, Knob(0.0, 1000.0, "pull towards the untrained model")] = 0.0
     num_updates: Annotated[int, Knob(1, 64, "optimizer steps per iteration, each on a share of every group")] = 1
     update_per: Annotated[
-        str, Choice(("rollout", "step"), "those optimizer steps for the whole rollout, or for each denoising step")
+        str,
+        Choice(("rollout", "step"), "those optimizer steps for the whole rollout, or for each denoising step (G2RPO)"),
     ] = "rollout"
 
     def policy_loss(self, ratio: Tensor, advantage: Tensor) -> Tensor:

@@ -23,7 +23,11 @@ class StepNoise:
         str, Choice(("flow", "constant"), "more noise in the early steps (Flow-GRPO), or the same in all (DanceGRPO)")
     ] = "flow"
     kernel: Annotated[
-        str, Choice(tuple(KERNELS), "noisy step: Flow-GRPO's SDE, or CPS, where noise is the share of fresh noise")
+        str,
+        Choice(
+            tuple(KERNELS),
+            "noisy step: Flow-GRPO's SDE, or CPS (arXiv 2509.05952), where noise is the share of fresh noise",
+        ),
     ] = "sde"
     noise_table: Annotated[Any, Table("calibrated noise of each step; replaces noise and noise_shape")] = None
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, inspect_rollout, lora, method, progress, prompts, rewards, train
+from . import calibrate, demo, inspect_rollout, lora, method, progress, prompts, rewards, train
 
 NODES: list[type[io.ComfyNode]] = [
     demo.LoadDemoModel,
@@ -11,7 +11,10 @@ NODES: list[type[io.ComfyNode]] = [
     rewards.CombineRewards,
     rewards.RewardScore,
     method.DenseSampler,
+    method.BranchSampler,
+    calibrate.CalibrateExploration,
     method.RewardProbe,
+    method.TurningPointAssigner,
     method.PolicyUpdate,
     train.TrainLoop,
     inspect_rollout.InspectRollout,

@@ -10,7 +10,8 @@ from ..engine.models.comfy_run import Encoded, inspect_model
 from ..engine.models.comfy_settings import ComfySettings
 from ..engine.train import TrainSettings
 from . import sockets
-from .train import method_of, settings
+from .mapping import method_of
+from .train import settings
 from .widgets import CATEGORY, widgets
 
 
@@ -23,16 +24,19 @@ class InspectRollout(io.ComfyNode):
             node_id="DenseGRPOInspectRollout",
             display_name="Inspect Rollout",
             category=CATEGORY,
-            description="Samples one group of the first prompt as training would: one row per image, one column per "
-            "denoising step, with the reward and what the step added. No training.",
+            description="Samples the first prompt as training would, without training. Chains: a row per image, a "
+            "column per scored state, with the reward and what the step added. Branches: a row per step.",
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to be trained."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to it."),
                 sockets.Prompts.Input("prompts", tooltip="The first prompt is used."),
                 sockets.Reward.Input("reward", tooltip="What the pictures are scored with."),
-                sockets.Sampler.Input("sampler", tooltip="How to explore."),
-                sockets.Probe.Input("probe", optional=True, tooltip="Which steps are scored; none: the last one."),
+                sockets.Sampler.Input("sampler", tooltip="How to explore: whole chains or branches."),
+                sockets.Probe.Input("probe", optional=True, tooltip="Which states are scored; none: the final image."),
+                sockets.Credit.Input(
+                    "credit", optional=True, tooltip="From Turning-Point Assigner: frames the steps it would mark."
+                ),
                 *widgets(options_of(ComfySettings), ("width", "height", "cfg", "guidance")),
                 io.Int.Input(
                     "seed",
@@ -45,8 +49,8 @@ class InspectRollout(io.ComfyNode):
                 *widgets(options_of(TrainSettings), ("sample_batch",)),
             ],
             outputs=[
-                io.Image.Output("picture", display_name="picture", tooltip="The group, step by step."),
-                io.String.Output("report", display_name="report", tooltip="Mean reward of each state."),
+                io.Image.Output("picture", display_name="picture", tooltip="What is compared, with rewards."),
+                io.String.Output("report", display_name="report", tooltip="Mean rewards, and how many turning points."),
             ],
         )
 
@@ -61,7 +65,7 @@ class InspectRollout(io.ComfyNode):
                 settings(inputs),
                 reward.entries,
                 reward.mode,
-                method_of(sampler, inputs.get("probe")),
+                method_of(sampler, inputs.get("probe"), inputs.get("credit")),
                 sampler["num_steps"],
                 inputs["seed"],
                 inputs["sample_batch"],

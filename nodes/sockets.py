@@ -11,11 +11,13 @@ from ..engine.data import Prompt
 Prompts = io.Custom("DENSEGRPO_PROMPTS")
 Reward = io.Custom("DENSEGRPO_REWARD")
 Sampler = io.Custom("DENSEGRPO_SAMPLER")
+NoiseTable = io.Custom("DENSEGRPO_NOISE_TABLE")
 Probe = io.Custom("DENSEGRPO_PROBE")
+Credit = io.Custom("DENSEGRPO_CREDIT")
 Update = io.Custom("DENSEGRPO_UPDATE")
 
 Options = Mapping[str, Any]
-"""On Sampler, Probe and Update links: options by name, as in a configuration."""
+"""On Sampler, NoiseTable, Probe, Credit and Update links: options by name, as in a configuration."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ..engine.models.comfy_run import Encoded, train_model
 from ..engine.models.comfy_settings import ComfySettings
 from ..engine.train import TrainSettings
 from . import sockets
+from .mapping import method_of
 from .method import LORA, OPTIMIZER, UPDATE
 from .progress import Follower, runs_folder
 from .widgets import CATEGORY, name_problem, widgets
@@ -31,7 +32,7 @@ class TrainLoop(io.ComfyNode):
             display_name="GRPO Train Loop",
             category=CATEGORY,
             description="Reinforcement learning (GRPO) of a LoRA that makes the model's images score higher. "
-            "With a probe: DenseGRPO; without: Flow-GRPO.",
+            "Sampler, probe and credit decide the method: Flow-GRPO, DenseGRPO, TempFlow-GRPO, G2RPO, TP-GRPO, ...",
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[*links(), *numbers()],
@@ -80,9 +81,20 @@ def links() -> list[Any]:
         io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
         sockets.Prompts.Input("prompts", tooltip="Prompts to train on."),
         sockets.Reward.Input("reward", tooltip="What to make more of."),
-        sockets.Sampler.Input("sampler", tooltip="How to explore."),
-        sockets.Probe.Input("probe", optional=True, tooltip="Step-wise rewards; none: Flow-GRPO."),
-        sockets.Update.Input("update", optional=True, tooltip="Learning rate, LoRA, KL; none: defaults."),
+        sockets.Sampler.Input("sampler", tooltip="How to explore: whole chains or branches."),
+        sockets.Probe.Input(
+            "probe",
+            optional=True,
+            tooltip="Which states are scored; none: the final image (Flow-GRPO, TempFlow-GRPO).",
+        ),
+        sockets.Credit.Input(
+            "credit",
+            optional=True,
+            tooltip="Who earned what; none: the gain of each step with a probe of every state, else the score.",
+        ),
+        sockets.Update.Input(
+            "update", optional=True, tooltip="Learning rate, LoRA, KL; none: the defaults of the method."
+        ),
         sockets.Prompts.Input(
             "held_out_prompts",
             optional=True,
@@ -142,12 +154,6 @@ def settings(inputs: Mapping[str, Any]) -> ComfySettings:
     return ComfySettings(**chosen, cfg_grad="detach" if inputs["cfg"] > 1 else "full")
 
 
-def method_of(sampler: Mapping[str, Any], probe: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A probe makes it DenseGRPO."""
-    exploration = {name: value for name, value in sampler.items() if name != "num_steps"}
-    return {"name": "flow_grpo" if probe is None else "dense_grpo", **exploration, **(probe or {})}
-
-
 def config(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The run's configuration without model and prompts."""
     update, sampler = inputs.get("update") or {}, inputs["sampler"]
@@ -159,7 +165,7 @@ def config(inputs: Mapping[str, Any]) -> dict[str, Any]:
     training = {name: inputs[name] for name in (*TRAINING, *BATCHES, "seed")}
     return {
         "name": inputs["run_name"],
-        "method": method_of(sampler, inputs.get("probe")) | part(UPDATE),
+        "method": method_of(sampler, inputs.get("probe"), inputs.get("credit")) | part(UPDATE),
         "rewards": list(inputs["reward"].entries),
         "reward_mode": inputs["reward"].mode,
         "held_out_rewards": list(held_out_reward.entries) if held_out_reward else [],

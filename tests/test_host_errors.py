@@ -33,6 +33,10 @@ def wrong_link(graph, server):  # noqa: F811
     graph["train"]["inputs"]["reward"] = ["sampler", 0]
 
 
+def odd_strides(graph, server):  # noqa: F811
+    graph["probe"]["inputs"]["strides"] = "1, two"
+
+
 @pytest.mark.parametrize(
     ("spoil", "node", "message"),
     [
@@ -40,6 +44,7 @@ def wrong_link(graph, server):  # noqa: F811
         (group_of_one, "sampler", "Value 1 smaller than min of 2: group_size"),
         (run_elsewhere, "train", "run_name - name '../x' must be a folder name: 1 to 100 characters, none of"),
         (wrong_link, "train", "DENSEGRPO_SAMPLER) mismatch input_type(DENSEGRPO_REWARD)"),
+        (odd_strides, "probe", "must be whole numbers in 1..16 such as \"1, 2, 3\", got '1, two'"),
     ],
 )
 def test_a_mistake_in_the_graph_is_refused_before_anything_runs(server, spoil, node, message):  # noqa: F811
@@ -90,6 +95,24 @@ def bad_targets(graph, server):  # noqa: F811
     graph["update"]["inputs"]["targets"] = "nothing like this"
 
 
+def states_of_another_version(graph, server):  # noqa: F811
+    graph["probe"]["inputs"]["states"] = "all"
+
+
+def branches_and_every_state(graph, server):  # noqa: F811
+    graph["sampler"] = server.node("DenseGRPOBranchSampler", num_steps=4)
+
+
+def assigner_without_probe(graph, server):  # noqa: F811
+    graph["turning"] = server.node("DenseGRPOTurningPoints")
+    del graph["train"]["inputs"]["probe"]
+    graph["train"]["inputs"]["credit"] = ["turning", 0]
+
+
+def window_too_long(graph, server):  # noqa: F811
+    graph["sampler"]["inputs"] |= {"window": "sliding", "window_size": 30}
+
+
 def file_in_the_way(graph, server):  # noqa: F811
     server.runs.mkdir(parents=True, exist_ok=True)
     (server.runs / graph["train"]["inputs"]["run_name"]).write_text("mine")
@@ -108,6 +131,10 @@ def no_memory(graph, server):  # noqa: F811
         (not_flow_matching, "GRPO Train Loop: this MODEL (SD3, of kind EPS) is not a flow-matching model"),
         (odd_size, "GRPO Train Loop: width must be a multiple of 16 for this model, got 72; take 64 or 80"),
         (bad_targets, "GRPO Train Loop: lora: targets 'nothing like this' match no linear layer"),
+        (states_of_another_version, "ODE Reward Probe: states must be one of 'every state', 'after the noise, several"),
+        (branches_and_every_state, "GRPO Train Loop: Branch SDE Sampler does not go with an ODE Reward Probe for"),
+        (assigner_without_probe, "GRPO Train Loop: Turning-Point Assigner needs the reward of every state: connect an"),
+        (window_too_long, "GRPO Train Loop: a window that reaches to step 30 does not fit: of 5 denoising steps 4"),
         (file_in_the_way, "is in the way and is no run; move it elsewhere or choose another run_name"),
         (no_memory, "GRPO Train Loop: out of memory even in the smallest batches"),
     ],

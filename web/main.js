@@ -9,7 +9,12 @@ import { append, newest, summary } from "./format.js";
 /** @typedef {import("./format.js").Status} Status */
 
 const TRAIN_LOOP = "DenseGRPOTrainLoop";
-const WITH_TEXT = ["DenseGRPORewardScore", "DenseGRPOInspectRollout", "DenseGRPOSaveLoRA"];
+const WITH_TEXT = [
+  "DenseGRPORewardScore",
+  "DenseGRPOInspectRollout",
+  "DenseGRPOCalibrateExploration",
+  "DenseGRPOSaveLoRA",
+];
 const NOT_STARTED = "no progress to show yet";
 const LINE_HEIGHT = 15;
 const MOST_LINES = 8; // then it scrolls

@@ -1,11 +1,11 @@
-"""Writes every shipped workflow, for the canvas and for the API, from the one description in shipped.py.
+"""Writes every shipped workflow, for the canvas and for the API, from the one description, see shipped.py.
 
     python workflows/build.py                                  # rewrites workflows/*.json and workflows/api/*.api.json
     python workflows/build.py --host http://127.0.0.1:8188     # first learns the nodes anew from a running host
 
 ``tests/golden/object_info.json`` holds what a host (/object_info) says of the nodes used here. Only the canvas files
 lie directly in this folder, because the host lists every ``workflows/*.json`` as a template, with the ``.jpg`` of the
-same name as its picture. The pictures are made from real runs, by hand.
+same name as its picture. Those of the first steps are made from real runs, by hand; pictures.py draws the others.
 """
 
 import argparse
@@ -56,8 +56,8 @@ def known_nodes(everything: Mapping[str, Any]) -> dict[str, Any]:
                 options.pop("tooltip", None)
                 if input_name in FILES and "options" in options:
                     options["options"] = []
-                if input_name == "file":
-                    options["options"] = [x for x in options["options"] if not x.endswith((".txt", ".jsonl"))]
+                if input_name in ("file", "reuse"):
+                    options["options"] = [x for x in options["options"] if not x.endswith((".txt", ".jsonl", ".json"))]
         found[name] = entry
     return found
 

@@ -14,12 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..calibrate import Round, calibrate, make_calibration
+from ..calibration_picture import draw_table, save_table
 from ..checkpoint import SaveError, checkpoints
 from ..config import RunConfig, check_name, make_config
 from ..curves import plot
 from ..data import Prompt
 from ..filmstrip import Filmstrip, look
 from ..lora import LoraSettings, LoraTensors, write_lora
+from ..noise_table import check_table, describe, make_table, read_table
 from ..pictures import to_tensor
 from ..recipes import make_recipe
 from ..rewards import make_panel
@@ -70,7 +73,9 @@ def train_model(
     OutOfMemoryError for what a user can mend, and whatever the host raises to cancel: all that was learnt is then
     saved.
     """
-    run = find_run(full_config(config, settings, prompts, held_out), out, resume)
+    full = full_config(config, settings, prompts, held_out)
+    check_table(full.method.get("noise_table"), section(model, settings), full.training.num_steps)
+    run = find_run(full, out, resume)
     conditionings = by_text(prompts) | (by_text(held_out) if held_out else {})
     seed = run.config.training.seed
     opened = training_session(model, vae, conditionings, prompts.negative, settings, run.config.lora, seed)
@@ -195,6 +200,72 @@ def inspect_model(
         cond = flow.encode([only.prompts[0].text])
         panel = make_panel(rewards, mode)
         return look(flow, cond, only.prompts[0], panel, recipe, num_steps=num_steps, seed=seed, batch=batch)
+
+
+class Calibrated(NamedTuple):
+    """What a calibration node returns."""
+
+    table: dict[str, Any]
+    picture: Tensor
+    """[1, H, W, 3]"""
+    report: str
+
+
+def calibrate_model(
+    model: Any,
+    vae: Any,
+    prompts: Encoded,
+    settings: ComfySettings,
+    rewards: Sequence[Mapping[str, Any]],
+    mode: str,
+    method: Mapping[str, Any],
+    num_steps: int,
+    seed: int,
+    batch: int,
+    options: Mapping[str, Any],
+    folder: Path,
+    name: str,
+    follow: Callable[[Round], None],
+) -> Calibrated:
+    """Calibrate the noise of ``method``, save the table in ``folder``, with a number; ``follow`` sees every round.
+
+    ``options`` are those of ``calibrate.make_calibration``. Raises ValueError, SaveError, RewardError or
+    OutOfMemoryError for what a user can mend, and whatever the host raises to cancel: nothing is saved then.
+    """
+    check_name(name)
+    recipe, (size, rule) = make_recipe(**method), make_calibration(options)
+    opened = training_session(model, vae, by_text(prompts), prompts.negative, settings, LoraSettings(rank=1), seed)
+    with memory_advice("lower sample_batch, width or height"), opened as flow:
+        cond, panel = flow.encode([p.text for p in prompts.prompts]), make_panel(rewards, mode)
+        found = calibrate(
+            flow, cond, prompts.prompts, panel, recipe, size, rule, num_steps=num_steps, seed=seed, batch=batch
+        )
+        what = {"kernel": recipe.noise.kernel, "model": section(model, settings), "rewards": rewards}
+        table = make_table(found, follow, size, **what)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise SaveError(f"could not make the folder {folder}: {problem}; make room for it") from problem
+    path = next(p for n in range(1, 100_000) if not (p := folder / f"{name}_{n:05d}.json").exists())
+    save_table(path, table)
+    return Calibrated(table, picture_of(table), f"{describe(table)}\nsaved {path.name}")
+
+
+def reuse_table(model: Any, settings: ComfySettings, num_steps: int, path: Path) -> Calibrated:
+    """A table saved earlier. Raises ValueError when it is damaged or was made for another model or size."""
+    table = read_table(path)
+    check_table(table, section(model, settings), num_steps)
+    return Calibrated(table, picture_of(table), f"{describe(table)}\nread from {path.name}")
+
+
+def section(model: Any, settings: ComfySettings) -> dict[str, Any]:
+    """What a table is bound to. Weights of one architecture cannot be told apart: a MODEL does not say its file."""
+    return {"name": "comfy", **asdict(settings), "base_model": type(model.model).__name__}
+
+
+def picture_of(table: Mapping[str, Any]) -> Tensor:
+    """The table drawn, as IMAGE."""
+    return to_tensor(draw_table(table)).movedim(0, -1)[None]
 
 
 def save_lora(lora: Mapping[str, Tensor], folder: Path, name: str, layout: str, model: Any) -> Path:

@@ -40,6 +40,8 @@ async function loadTemplate(page) {
     await page.getByLabel("Templates").first().click();
   }
   await pack.click({ timeout: 20 * SECOND });
+  // Only the first twelve are there until one scrolls, in the order of the folder.
+  await page.getByPlaceholder("Search templates").fill(TEMPLATE);
   const card = page.getByTestId(`template-workflow-${TEMPLATE}`);
   await card.waitFor({ timeout: 20 * SECOND });
   await page.waitForTimeout(SECOND); // pictures
