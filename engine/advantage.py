@@ -40,6 +40,8 @@ class GroupNorm:
         Only steps that ``train`` [B, T] marks and that have credit in all views count, in the statistics too;
         a group in which fewer than two are left teaches nothing and is masked.
         """
+        # In double precision: else the mean of equal rewards misses them by a rounding, which ``std_eps`` may not hide.
+        credit = credit.double()
         valid = credit.isfinite().all(0) & train
         members = [group == g for g in group.unique()]
         centred, mask, spread = torch.zeros_like(credit), torch.zeros_like(valid), torch.ones_like(credit)
@@ -53,7 +55,7 @@ class GroupNorm:
             spread = self.spread(centred, mask)
         divisor = spread + self.std_eps
         values = centred / divisor.where(divisor > 0, 1)
-        summed = torch.einsum("v,vbt->bt", rewards.weights, values)
+        summed = torch.einsum("v,vbt->bt", rewards.weights.double(), values).float()
         return Advantages(summed.masked_fill(~mask, 0).clamp(-self.advantage_clip, self.advantage_clip), mask)
 
     def centre(self, credit: Tensor, valid: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def learn(
     weights = recipe.update.weights(recipe.noise.step, traj.sigmas.cpu(), recipe.noise.rates(traj.sigmas.cpu()))
     advantages = replace(advantages, values=advantages.values * weights)
     parts = [batches(traj, mask, batch_size) for mask in masks]
-    old = [[replay(model, cond, traj, recipe, b).detach() for b in part] for part in parts[1:]]
+    with torch.no_grad():
+        old = [[replay(model, cond, traj, recipe, batch) for batch in part] for part in parts[1:]]
     totals, norms = torch.zeros(len(TOTALS), dtype=torch.float64), []
     for mask, part, before in zip(masks, parts, [[None] * len(parts[0]), *old], strict=True):
         count = int(world.sum(mask.sum().to(model.device)))
