@@ -19,6 +19,8 @@ from .report import STYLE, picture
 from .rewards import member
 from .run import HELD_OUT
 
+LEVEL_SHARE = 0.75
+"""Tables say when each method has this part of the baseline's gain."""
 WIDE = '<figure style="width: 99%">'
 READING = (
     "Held-out images come from the same prompts and noise in every run, drawn with the averaged weights; measuring "
@@ -96,15 +98,9 @@ class Task:
         """A column at equal cost, over the method's runs."""
         return estimate([curve.at(axis, self.cost[axis], name) for curve in self.curves[method]])
 
-    def best(self) -> str | None:
-        """The method with the highest held-out reward at equal evaluations, if it beats the base model."""
-        means = {m: self.values(m, AXES[0], "reward").mean for m in self.curves if not self.is_control(m)}
-        means = {method: mean for method, mean in means.items() if mean > self.base("reward")}
-        return max(means, key=lambda method: means[method], default=None)
-
     def axis_name(self, axis: str) -> str:
         """As the reader sees it."""
-        return "model evaluations" if axis == AXES[0] else self.clock
+        return {"iteration": "iterations", AXES[0]: "model evaluations"}.get(axis, self.clock)
 
 
 def write_comparison(comparison: Comparison, jobs: Sequence[Job], folder: Path) -> None:
@@ -196,25 +192,27 @@ def tables(task: Task) -> list[Table]:
 def reached_table(task: Task, places: Sequence[tuple[str, str]], titles: Sequence[str]) -> Table:
     """Means with 95 % confidence intervals; a row for the base model first."""
     level, spent = level_of(task), ("iteration", *AXES)
-    base = ["base model", "-", *("0" for _ in spent), *(f"{task.base(name):.3f}" for _, name in places), "0", "-", "-"]
-    rows = [base]
+    scores = [f"{task.base(name):.3f}" for _, name in places]
+    rows = [["base model", "-", *("0" for _ in spent), *scores, "0", *("-" for _ in spent)]]
     for method, curves in task.curves.items():
         ends = [amount(estimate([curve.end(name) for curve in curves]).mean) for name in spent]
         values = [shown(task.values(method, *place)) for place in places]
         kl = shown(task.values(method, AXES[0], "kl"), number)
-        costs = [cost_of_level(curves, axis, level) for axis in AXES]
+        costs = [cost_of_level(curves, axis, level) for axis in spent]
         rows.append([method, str(len(curves)), *ends, *values, kl, *costs])
     until = "-" if level is None else f"{level:.3f}"
     head = ["method", "runs", "iterations", "model evaluations", task.clock, *titles]
     head += [f"KL at {amount(task.cost[AXES[0]])} model evaluations"]
-    head += [f"{task.axis_name(axis)} to reach {until}" for axis in AXES]
+    head += [f"{task.axis_name(axis)} to reach {until}" for axis in spent]
     return Table("What was reached: mean ± half of the 95 % confidence interval", head, rows)
 
 
 def level_of(task: Task) -> float | None:
-    """Half way from the base model to the best method."""
-    best = task.best()
-    return None if best is None else (task.base("reward") + task.values(best, AXES[0], "reward").mean) / 2
+    """Most of the way from the base model to where the baseline ends, so that other methods get there, too."""
+    if task.baseline not in task.curves:
+        return None
+    base, end = task.base("reward"), task.values(task.baseline, AXES[0], "reward").mean
+    return base + LEVEL_SHARE * (end - base) if end > base else None
 
 
 def cost_of_level(curves: Sequence[Curve], axis: str, level: float | None) -> str:
@@ -258,12 +256,12 @@ def number(value: float) -> str:
 
 def level_note(task: Task) -> str:
     """Which reward the last columns of the first table ask for."""
-    best, level = task.best(), level_of(task)
-    if best is None or level is None:
-        return "No method raised the held-out reward above the base model's."
+    level = level_of(task)
+    if level is None:
+        return f"{task.baseline} did not raise the held-out reward above the base model's."
     return (
-        f"{level:.3f} is half way from the base model's {task.base('reward'):.3f} to the best method's "
-        f"{task.values(best, AXES[0], 'reward').mean:.3f} ({best})."
+        f"{level:.3f} is the base model's {task.base('reward'):.3f} and {LEVEL_SHARE:.0%} of what {task.baseline} "
+        f"gains in {amount(task.cost[AXES[0]])} model evaluations."
     )
 
 

@@ -424,29 +424,29 @@ def test_the_report_says_what_hand_made_results_mean(tmp_path):
     write_comparison(comparison, jobs, tmp_path)
     text = (tmp_path / "comparison.md").read_text(encoding="utf-8")
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert {len(line) for line in cells} == {12, 5}  # no row shorter than its head
+    assert {len(line) for line in cells} == {13, 5}  # no row shorter than its head
     table = {line[0]: line for line in cells}
     pictures = re.findall('base64,([^"]*)', (tmp_path / "comparison.html").read_text(encoding="utf-8"))
     shown = ["Flow-GRPO 0 before", *(f"{method} 0 after" for method in methods)]
     assert [base64.b64decode(data).decode() for data in pictures[1:]] == shown
-    assert "0.511 is half way from the base model's 0.200 to the best method's 0.822 (DenseGRPO)." in text
+    assert "0.515 is the base model's 0.200 and 75% of what Flow-GRPO gains in 100 model evaluations." in text
     reached, difference = text.split("Difference to Flow-GRPO")
     assert "| Flow-GRPO | 3 | 10 | 100 | 2 | 0.620 ± 0.050 | 0.620 ± 0.050 |" in reached
     assert "| DenseGRPO | 3 | 10 | 100 | 4 | 0.822 ± 0.055 | 0.511 ± 0.027 |" in reached
-    assert reached.count("not reached | not reached") == 1
+    assert reached.count("not reached | not reached | not reached") == 1
     assert table["DenseGRPO"][1] == "+0.202 ± 0.005: significant"
     assert "darkness (trained) at 2 CPU seconds" in difference
 
 
-def test_a_control_is_never_the_best_method_and_has_the_colour_of_the_method_it_shuffles(tmp_path):
+def test_a_control_has_the_colour_of_the_method_it_shuffles_and_a_baseline_may_fail(tmp_path):
     methods = {SHUFFLED: PLAN["methods"][SHUFFLED], "DenseGRPO": {"method": {"name": "dense_grpo"}}}
     methods |= {"Slow": {"method": {"name": "flow_grpo"}, "optimizer": {"lr": 1e-5}}, **PLAN["methods"]}
     comparison = make_comparison(changed(methods=methods, evaluations=100))
     jobs = comparison.jobs(tmp_path, tmp_path)
     for job in jobs:
-        write_result(job, [0.2, 0.9 if job.method == SHUFFLED else 0.1], seconds=1)
+        write_result(job, [0.2, 0.1], seconds=1)
     write_comparison(comparison, jobs, tmp_path)
-    assert "No method raised the held-out reward" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
+    assert f"{SHUFFLED} did not raise the held-out reward" in (tmp_path / "comparison.md").read_text(encoding="utf-8")
     found = colours(make_task(comparison, "darkness", jobs))
     assert list(found) == list(methods)
     assert found[SHUFFLED] in (found["Slow"], found["Flow-GRPO"])
