@@ -1,6 +1,7 @@
 """The ComfyUI back end in a real ComfyUI: it samples what the host samples, learns, and leaves no trace.
 
-What is measured is in comfy_cases.py; it runs once, inside the host's Python. See comfy_host.py for the host.
+What is measured is in the files that comfy_cases.py names; it runs once, inside the host's Python. See comfy_host.py
+for the host.
 """
 
 import importlib.util
@@ -186,6 +187,63 @@ def test_an_attention_without_backward_pass_is_replaced_while_training(measured)
 )
 def test_a_mistake_is_named_with_its_remedy(measured, mistake, message):
     assert message in measured("refusals")[mistake]
+
+
+ENDINGS = {
+    "goes_well": None,
+    "is_cancelled": "InterruptProcessingException",
+    "fails": "KeyError",
+    "finds_no_room": "OutOfMemoryError",
+}
+each_base = pytest.mark.parametrize("base", ["demo", "half"])
+
+
+@each_base
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_nothing_of_a_training_stays_however_it_ends(measured, base, ending):
+    left = measured("memory")[f"training {base} {ending}"]
+    assert left["problem"] == ENDINGS[ending]
+    assert len(left["parts"]) == 8, "it ended before anything was seen of it"
+    assert left["alive"] == []
+    assert_as_before(left)
+
+
+@each_base
+@pytest.mark.parametrize("run", ["inspected", "calibrated"])
+def test_nothing_of_an_inspection_or_calibration_stays(measured, base, run):
+    left = measured("memory")[f"{run} {base}"]
+    assert left["problem"] is None
+    assert left["handed out"] > 0
+    assert_as_before(left)
+
+
+def assert_as_before(left):
+    assert left["bytes"] == 0, "tensors besides those handed out"
+    assert left["graphs"] == 0
+    assert left["clones"] == 0, "the host still has the MODEL that was trained in its list of loaded ones"
+    assert left["untouched"]
+
+
+@each_base
+def test_memory_is_given_back_once_nothing_holds_it_any_more(measured, base):
+    """After an error, the traceback that the host prints may still name the model and its LoRA, but no more."""
+    found = measured("memory")
+    for well in (f"training {base} goes_well", f"inspected {base}", f"calibrated {base}"):
+        assert found[well]["when given back"] == []
+        assert found[well]["bytes when given back"] == 0
+    for ending in ENDINGS:
+        assert set(found[f"training {base} {ending}"]["when given back"]) <= {"clone", "lora", "model"}
+
+
+def test_training_happens_where_the_host_puts_the_model(measured):
+    """An accelerator that is pretended: each operation of tensors on two devices would fail, as on a real one."""
+    found = measured("devices")
+    assert "two devices" in found["two devices"]
+    for place, name in (("cpu", "cpu"), ("accelerator", "meta")):
+        assert found[place]["places"] == {part: [name] for part in ("lora", "average", "moments", "weights")}
+        assert found[place]["handed out"] == ["Tensor cpu"]
+        assert found[place]["untouched"], "back on the CPU, weights are those from before"
+    assert found["difference"] < CLOSE
 
 
 def test_a_target_that_matches_nothing_is_refused(measured):

@@ -53,7 +53,6 @@ def training_session(
     for text, conditioning in conditionings.items():
         check_conditioning(conditioning, f"prompt {text!r}")
     with ExitStack() as stack:
-        stack.callback(host.soft_empty_cache)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         patcher = comfy_training.clone(model)
@@ -92,9 +91,9 @@ class ComfyModel:
         self.device: torch.device = patcher.load_device
         self.latent_shape: tuple[int, ...] = latent_shape(patcher, vae, settings)
         self.dtype: torch.dtype = patcher.model.manual_cast_dtype or patcher.model.get_dtype()
-        self.gradient_scale = math.prod(self.latent_shape) if self.dtype == torch.float16 else 1
-        for parameter in lora.parameters() if self.gradient_scale != 1 else ():
-            parameter.register_hook(lambda gradient: gradient / self.gradient_scale)
+        self.gradient_scale = scale = math.prod(self.latent_shape) if self.dtype == torch.float16 else 1
+        for parameter in lora.parameters() if scale != 1 else ():
+            parameter.register_hook(lambda gradient: gradient / scale)  # by self, the LoRA would refer to its owner
 
     def encode(self, prompts: Sequence[str]) -> Encoded:
         """Find the conditioning of texts that were encoded before the session."""

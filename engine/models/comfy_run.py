@@ -29,6 +29,7 @@ from ..rewards import make_panel
 from ..run import Progress, Run, Session
 from .comfy import training_session
 from .comfy_settings import ComfySettings
+from .comfy_training import gives_memory_back
 
 log = logging.getLogger("densegrpo.comfy")
 
@@ -56,6 +57,7 @@ class Trained(NamedTuple):
     """Where everything is; with ``resume`` off its name may have got a number."""
 
 
+@gives_memory_back
 def train_model(
     model: Any,
     vae: Any,
@@ -180,6 +182,7 @@ def samples_of(run: Run) -> Tensor:
     return torch.stack(found) if found else curve_of(run)
 
 
+@gives_memory_back
 def inspect_model(
     model: Any,
     vae: Any,
@@ -211,6 +214,7 @@ class Calibrated(NamedTuple):
     report: str
 
 
+@gives_memory_back
 def calibrate_model(
     model: Any,
     vae: Any,

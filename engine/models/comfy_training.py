@@ -3,15 +3,45 @@
 Written for hosts from 0.3.64 on; each function says which hosts it is for. Nothing here knows a model family.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import wraps
+from traceback import clear_frames
+from typing import Any, ParamSpec, TypeVar
 
 import comfy.model_management as host  # pyright: ignore[reportMissingImports]
 import torch
 from comfy.ldm.modules.attention import attention_pytorch  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def gives_memory_back(run: Callable[P, T]) -> Callable[P, T]:
+    """Let the host have the memory of ``run`` however it ends; within it, its variables would still hold their own."""
+
+    @wraps(run)
+    def clean(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return run(*args, **kwargs)
+        except BaseException as problem:
+            forget(problem)
+            raise
+        finally:
+            gc.collect()  # what refers to each other, such as optimizer and averaged weights
+            host.soft_empty_cache()
+
+    return clean
+
+
+def forget(problem: BaseException | None) -> None:
+    """Drop the variables of the functions that ``problem`` ended: activations, above all when memory ran out."""
+    while problem is not None:
+        clear_frames(problem.__traceback__)
+        problem = problem.__cause__ or problem.__context__
 
 
 def clone(model: Any) -> Any:
