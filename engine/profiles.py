@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .knobs import suggest
-from .recipes import RECIPES
 
 Sections = Mapping[str, Any]
 """Part of a configuration: section -> option -> value."""
