@@ -112,7 +112,10 @@ class Comparison:
 
     def budget_of(self, task: str) -> Budget:
         """The plan's, with what the task says."""
-        return make_budget(asdict(self.budget) | self.tasks[task].get("budget", {}), f"tasks: {task}: budget")
+        title, own = f"tasks: {task}: budget", self.tasks[task].get("budget", {})
+        if not isinstance(own, dict):
+            raise ValueError(f'{title} must be an object such as {{"evaluations": 1000}}, got {own!r}')
+        return make_budget(asdict(self.budget) | own, title)
 
     def jobs(self, folder: Path, base: Path) -> list[Job]:
         """All runs, whole seeds first, so that a comparison that is stopped early is still a fair one.
