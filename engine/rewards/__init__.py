@@ -1,6 +1,7 @@
 """Rewards by name, and the panel that asks several of them safely.
 
-To add one: write a module here with a frozen dataclass that satisfies ``Reward`` and name it in ``REWARDS``.
+To add one: write a module here with a frozen dataclass that satisfies ``Reward`` and name it in ``REWARDS``,
+or in ``MODEL_REWARDS`` when it needs files that do not come with this package.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,13 @@ REWARDS = {
     "jpeg": ".jpeg:Jpeg",
     "shapes": ".shapes:Shapes",
 }
+MODEL_REWARDS = {
+    "aesthetic": ".aesthetic:Aesthetic",
+    "clipscore": ".clipscore:ClipScore",
+    "hpsv2": ".hpsv2:Hpsv2",
+    "pickscore": ".pickscore:PickScore",
+}
+"""Those that need model files and transformers; their method ``needs`` says which files."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "brightness": {"name": "brightness"},
     "darkness": {"name": "brightness", "target": 0.0},
@@ -37,9 +45,10 @@ MODES = ("each", "sum")
 
 def reward_class(name: str) -> type[Any]:
     """Import the reward's module only now, so that optional libraries stay optional."""
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}{suggest(name, REWARDS)}; known: {', '.join(sorted(REWARDS))}")
-    module, _, attribute = REWARDS[name].partition(":")
+    known = dict(sorted(REWARDS.items()) + sorted(MODEL_REWARDS.items()))
+    if name not in known:
+        raise ValueError(f"unknown reward {name!r}{suggest(name, known)}; known: {', '.join(known)}")
+    module, _, attribute = known[name].partition(":")
     return getattr(import_module(module, __package__), attribute)
 
 

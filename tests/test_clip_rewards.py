@@ -1,0 +1,471 @@
+"""PickScore, HPSv2.1, CLIPScore and the aesthetic predictors, on tiny random models in the published layouts."""
+
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from densegrpo.engine.protocols import RewardBatch
+from densegrpo.engine.rewards import MODEL_REWARDS, make_reward, reward_class, reward_options
+from densegrpo.engine.rewards import clip as clip_module
+from densegrpo.engine.rewards.aesthetic import load_head
+from densegrpo.engine.rewards.clip import Clip, computing_device, crop, letterbox, load_clip
+from densegrpo.engine.rewards.files import resolve
+from densegrpo.engine.rewards.hpsv2 import hps_config, hps_files, load_hps, open_clip_text, to_transformers
+from PIL import Image
+from tiny_clip import LENGTH, MEAN, SIZE, STD, OpenClip, save_weights, write_all, write_clip
+from torch.nn.functional import normalize, pad
+from transformers import CLIPImageProcessor, CLIPModel
+
+every_reward = pytest.mark.parametrize("name", sorted(MODEL_REWARDS))
+with_text = pytest.mark.parametrize("name", ["clipscore", "hpsv2", "pickscore"])
+PROMPTS = ["a red cat", "a dog", "a red cat", "photo of a dog &amp; a cat"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("reward_models")
+
+
+@pytest.fixture(scope="module")
+def written(root):
+    return write_all(root)
+
+
+@pytest.fixture(autouse=True)
+def use_root(root, written, monkeypatch):
+    monkeypatch.setenv("DENSEGRPO_REWARD_MODELS", str(root))
+
+
+def some_images(num=4, height=48, width=48, seed=0):
+    """Smooth, as photographs are."""
+    coarse = torch.rand(num, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+
+
+def ask(reward, images, prompts=None):
+    prompts = prompts or PROMPTS[: len(images)]
+    return reward(RewardBatch(images, prompts, [{}] * len(images)))
+
+
+def token_ids(folder, prompts):
+    tokenizer = clip_module.read_tokenizer(folder)
+    found = tokenizer(prompts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+    return found["input_ids"]
+
+
+def from_features(found):
+    return normalize(found if torch.is_tensor(found) else found.pooler_output, dim=-1)
+
+
+@every_reward
+@pytest.mark.parametrize("size", [(48, 48), (40, 96), (20, 16)])
+def test_a_reward_gives_one_finite_float_per_image(name, size):
+    result = ask(make_reward(name), some_images(3, *size))
+    assert result.scores.shape == (3,)
+    assert result.scores.dtype == torch.float32
+    assert result.scores.isfinite().all()
+    assert result.scores.unique().numel() == 3
+    assert all(values.shape == (3,) for values in result.details.values())
+    assert not result.errors
+
+
+@every_reward
+def test_an_images_score_does_not_depend_on_the_others_their_order_or_the_batch_size(name):
+    images, order = some_images(4, 60, 48), [2, 0, 3, 1]
+    whole = ask(make_reward(name), images).scores
+    shuffled = ask(make_reward(name), images[order], [PROMPTS[i] for i in order]).scores
+    torch.testing.assert_close(shuffled, whole[order], atol=1e-5, rtol=1e-5)
+    for batch_size in (1, 3):
+        parts = ask(make_reward(name, batch_size=batch_size), images).scores
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+
+
+@every_reward
+def test_a_reward_changes_neither_its_images_nor_the_random_state_and_leaves_no_graph(name):
+    images = some_images(2)
+    kept, state = images.clone(), torch.get_rng_state()
+    assert not ask(make_reward(name), images).scores.requires_grad
+    assert torch.equal(images, kept)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_reward
+def test_no_images_no_scores(name):
+    assert ask(make_reward(name), torch.zeros(0, 3, 8, 8), []).scores.shape == (0,)
+
+
+@every_reward
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_image_with_pixels_that_are_no_numbers_gets_nan_and_the_others_their_score(name, bad):
+    images = some_images(3)
+    whole = ask(make_reward(name), images).scores
+    images[1, 2, 5, 5] = bad
+    result = ask(make_reward(name), images)
+    assert result.scores.isnan().tolist() == [False, True, False]
+    assert result.errors == {1: "the image has pixels that are not numbers"}
+    torch.testing.assert_close(result.scores[[0, 2]], whole[[0, 2]], atol=1e-5, rtol=1e-5)
+
+
+@every_reward
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 4, 8, 8), (2, 8, 8)])
+def test_images_that_are_not_rgb_are_refused(name, shape):
+    with pytest.raises(ValueError, match=r"images must be float \[B, 3, H, W\] in 0\.\.1 \(RGB\), got .*convert grey"):
+        ask(make_reward(name), torch.zeros(shape), ["a", "b"])
+
+
+def test_pickscore_is_the_models_own_logit_divided_by_26(root, written):
+    images, folder = some_images(4, 40, 60), root / "PickScore_v1"
+    with torch.no_grad():
+        logits = written["pickscore"](
+            input_ids=token_ids(folder, PROMPTS), pixel_values=crop(images, SIZE)
+        ).logits_per_image.diagonal()
+    result = ask(make_reward("pickscore"), images)
+    torch.testing.assert_close(result.scores, logits / 26, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(result.details["published"], logits, atol=1e-4, rtol=1e-5)
+
+
+def test_clipscore_is_the_cosine_of_the_models_features(root, written):
+    images, model = some_images(4, 60, 40), written["clipscore"]
+    with torch.no_grad():
+        of_images = from_features(model.get_image_features(pixel_values=crop(images, SIZE)))
+        of_texts = from_features(model.get_text_features(input_ids=token_ids(root / "clip-vit-large-patch14", PROMPTS)))
+    expected = (of_images * of_texts).sum(1)
+    torch.testing.assert_close(ask(make_reward("clipscore"), images).scores, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (40, 60)])
+def test_hpsv2_is_what_open_clips_model_computes(root, written, size):
+    """Zero padding behind the end token and its largest id, and HTML entities undone, as in open_clip."""
+    images, model = some_images(4, *size), written["hpsv2"]
+    ids = token_ids(root / "HPSv2.1", [*PROMPTS[:3], "photo of a dog & a cat"])
+    ids = torch.stack([torch.where(torch.arange(LENGTH) <= row.argmax(), row, 0) for row in ids])
+    with torch.no_grad():
+        of_images = normalize(model.visual(letterbox(images, SIZE)), dim=-1)
+        of_texts = normalize(model.encode_text(ids), dim=-1)
+    expected = (of_images * of_texts).sum(1)
+    torch.testing.assert_close(ask(make_reward("hpsv2"), images).scores, expected, atol=1e-5, rtol=1e-4)
+
+
+def by_hand(weights):
+    """open_clip's tensors under transformers' names, written out."""
+    found = {"logit_scale": weights["logit_scale"]}
+    found["text_projection.weight"] = weights["text_projection"].T
+    found["visual_projection.weight"] = weights["visual.proj"].T
+    for tower, source in (("text_model", ""), ("vision_model", "visual.")):
+        for layer in range(2):
+            old, new = f"{source}transformer.resblocks.{layer}.", f"{tower}.encoder.layers.{layer}."
+            for kind in ("weight", "bias"):
+                thirds = weights[f"{old}attn.in_proj_{kind}"].split(64 if source else 48)
+                for letter, third in zip("qkv", thirds, strict=True):
+                    found[f"{new}self_attn.{letter}_proj.{kind}"] = third
+                found[f"{new}self_attn.out_proj.{kind}"] = weights[f"{old}attn.out_proj.{kind}"]
+                found[f"{new}layer_norm1.{kind}"] = weights[f"{old}ln_1.{kind}"]
+                found[f"{new}layer_norm2.{kind}"] = weights[f"{old}ln_2.{kind}"]
+                found[f"{new}mlp.fc1.{kind}"] = weights[f"{old}mlp.c_fc.{kind}"]
+                found[f"{new}mlp.fc2.{kind}"] = weights[f"{old}mlp.c_proj.{kind}"]
+    for kind in ("weight", "bias"):
+        found[f"text_model.final_layer_norm.{kind}"] = weights[f"ln_final.{kind}"]
+        found[f"vision_model.pre_layrnorm.{kind}"] = weights[f"visual.ln_pre.{kind}"]
+        found[f"vision_model.post_layernorm.{kind}"] = weights[f"visual.ln_post.{kind}"]
+    text, vision = "text_model.embeddings", "vision_model.embeddings"
+    found[f"{text}.token_embedding.weight"] = weights["token_embedding.weight"]
+    found[f"{text}.position_embedding.weight"] = weights["positional_embedding"]
+    found[f"{vision}.class_embedding"] = weights["visual.class_embedding"]
+    found[f"{vision}.patch_embedding.weight"] = weights["visual.conv1.weight"]
+    found[f"{vision}.position_embedding.weight"] = weights["visual.positional_embedding"]
+    return found
+
+
+def test_open_clips_names_become_those_of_transformers(written):
+    expected = by_hand(written["hpsv2"].state_dict())
+    converted = to_transformers(written["hpsv2"].state_dict())
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("layout", ["wrapped", "transformers", "half"])
+def test_other_layouts_of_hpsv2_give_the_same_scores(root, written, tmp_path, monkeypatch, layout):
+    weights, folder = written["hpsv2"].state_dict(), tmp_path / "HPSv2.1"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((root / "HPSv2.1/config.json").read_bytes())
+    write_clip(tmp_path / "PickScore_v1")  # its tokenizer serves too
+    if layout == "half":
+        torch.save({name: value.half() for name, value in weights.items()}, folder / "HPS_v2.1_compressed.pt")
+    else:
+        given = to_transformers(weights) if layout == "transformers" else {f"model.{k}": v for k, v in weights.items()}
+        save_weights(folder / "model.safetensors", given)
+    images = some_images(2)
+    expected = ask(make_reward("hpsv2"), images).scores
+    monkeypatch.setenv("DENSEGRPO_REWARD_MODELS", str(tmp_path))
+    found = ask(make_reward("hpsv2"), images).scores
+    torch.testing.assert_close(found, expected, atol=5e-3 if layout == "half" else 1e-6, rtol=0)
+
+
+def test_a_bare_hpsv2_checkpoint_is_a_vit_h_14(tmp_path):
+    config = hps_config(tmp_path)
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    assert round(sum(weight.numel() for weight in model.parameters()) / 1e6) == 986
+    assert model.get_parameter("vision_model.embeddings.position_embedding.weight").shape == (257, 1280)
+    assert model.get_parameter("text_model.embeddings.token_embedding.weight").shape == (49408, 1024)
+    assert model.get_parameter("visual_projection.weight").shape == (1024, 1280)
+    assert (config.vision_config.num_attention_heads, config.text_config.num_attention_heads) == (16, 16)
+    assert config.text_config.hidden_act == config.vision_config.hidden_act == "gelu"
+    assert config.text_config.eos_token_id == 49407
+
+
+def test_open_clips_tokenizer_undoes_html_entities_twice():
+    assert open_clip_text(" cats &amp;amp; dogs ") == "cats & dogs"
+
+
+@pytest.mark.parametrize("version", ["v2", "v1"])
+def test_the_aesthetic_score_is_the_head_on_unit_image_features(written, version):
+    images = some_images(3, 50, 40)
+    head = written["aesthetic v1" if version == "v1" else "aesthetic"]
+    with torch.no_grad():
+        features = written["clipscore"].get_image_features(pixel_values=crop(images, SIZE))
+        expected = head(from_features(features)).squeeze(1)
+    found = ask(make_reward("aesthetic", version=version), images).scores
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_aesthetic_score_reads_no_prompt():
+    images = some_images(2)
+    assert torch.equal(
+        ask(make_reward("aesthetic"), images, ["", "a"]).scores, ask(make_reward("aesthetic"), images).scores
+    )
+    assert make_reward("aesthetic").validate(["", "a"], [{}, {}]) == []
+
+
+@pytest.mark.parametrize("size", [(28, 28), (512, 512), (96, 64), (300, 517), (20, 31)])
+@pytest.mark.parametrize("smooth", [True, False])
+def test_cropping_is_transformers_image_processor_to_one_grey_level(size, smooth):
+    images = some_images(2, *size) if smooth else torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    pictures = [Image.fromarray((i.movedim(0, -1).numpy() * 255).round().astype(np.uint8)) for i in images]
+    processor = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
+    expected = torch.as_tensor(np.stack(processor(images=pictures, return_tensors="np")["pixel_values"]))
+    grey_levels = (crop(images, SIZE) - expected).abs() * torch.tensor(STD).view(3, 1, 1) * 255
+    assert grey_levels.max() < 1.01
+    assert grey_levels.mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [(56, 84), (100, 30), (20, 31)])
+def test_letterboxing_is_a_float_resize_with_black_borders(size):
+    """Against Pillow's resize of float images, which also antialiases."""
+    image = some_images(1, *size)[0]
+    height, width = (round(edge * SIZE / max(size)) for edge in size)
+    levels = ((image * 255).round() / 255).numpy()
+    small = [np.asarray(Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC)) for c in levels]
+    top, left = (SIZE - height) // 2, (SIZE - width) // 2
+    framed = pad(torch.from_numpy(np.stack(small)), (left, SIZE - width - left, top, SIZE - height - top))
+    expected = (framed - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(letterbox(image[None], SIZE)[0], expected, atol=2e-5, rtol=0)
+
+
+def test_square_images_are_cropped_and_letterboxed_alike():
+    images = 0.3 + 0.4 * some_images(2, 64, 64)  # no overshoot is cut off
+    assert ((crop(images, SIZE) - letterbox(images, SIZE)).abs() * max(STD) * 255).max() < 1.01
+
+
+@pytest.mark.parametrize("prepare", [crop, letterbox])
+def test_values_outside_the_range_count_as_its_ends(prepare):
+    white = torch.ones(1, 3, 40, 40)
+    assert torch.equal(prepare(white * 1.3, SIZE), prepare(white, SIZE))
+    assert torch.equal(prepare(white * -0.3, SIZE), prepare(white * 0, SIZE))
+
+
+def test_each_prompt_is_encoded_once_and_kept(root, written, monkeypatch):
+    clip = load_clip(root / "PickScore_v1", "float32", "swap")
+    clip.kept.clear()
+    encoded, original = [], clip.model.get_text_features
+
+    def count(**tokens):
+        encoded.append(len(tokens["input_ids"]))
+        return original(**tokens)
+
+    monkeypatch.setattr(clip.model, "get_text_features", count)
+    reward, images = make_reward("pickscore", batch_size=2), some_images(4)
+    first = ask(reward, images).scores
+    assert sum(encoded) == 3
+    assert torch.equal(ask(reward, images).scores, first)
+    assert sum(encoded) == 3
+
+
+def test_the_oldest_text_features_are_forgotten(root, monkeypatch):
+    monkeypatch.setattr(clip_module, "MAX_KEPT", 2)
+    clip = load_clip(root / "PickScore_v1", "float32", "swap")
+    clip.kept.clear()
+    expected = ask(make_reward("pickscore"), some_images(4)).scores
+    assert list(clip.kept) == ["a dog", "photo of a dog &amp; a cat"]
+    torch.testing.assert_close(ask(make_reward("pickscore"), some_images(4)).scores, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_equal_configurations_share_one_model(monkeypatch):
+    load_clip.cache_clear()
+    images = some_images(2)
+    for name in ("clipscore", "aesthetic", "clipscore"):
+        ask(make_reward(name), images)
+    assert load_clip.cache_info().misses == 1
+    ask(make_reward("clipscore", precision="bfloat16"), images)
+    assert load_clip.cache_info().misses == 2
+
+
+@every_reward
+def test_half_precision_weights_still_give_float32_scores(name):
+    images = some_images(3)
+    exact = ask(make_reward(name), images).scores
+    half = ask(make_reward(name, precision="bfloat16"), images).scores
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, exact)
+    torch.testing.assert_close(half, exact, atol=0.25, rtol=0.1)
+
+
+def test_half_precision_files_are_computed_in_float32(root, written, tmp_path):
+    write_clip(tmp_path / "PickScore_v1")
+    weights = {name: value.half() for name, value in written["pickscore"].state_dict().items()}
+    save_weights(tmp_path / "PickScore_v1/model.safetensors", weights)
+    clip = load_clip(tmp_path / "PickScore_v1", "float32", "swap")
+    assert {weight.dtype for weight in clip.model.parameters()} == {torch.float32}
+    assert (
+        load_hps.__wrapped__(root / "HPSv2.1/HPS_v2.1_compressed.pt", root / "HPSv2.1", "float16", "swap").model.dtype
+        == torch.float16
+    )
+
+
+def test_old_configurations_name_another_end_token(root, written, tmp_path, monkeypatch):
+    """Those of CLIP-H on the hub say 2; transformers then takes the largest id, which is the end token."""
+    write_clip(tmp_path / "PickScore_v1", 1)
+    file, end = tmp_path / "PickScore_v1/config.json", written["pickscore"].config.text_config.eos_token_id
+    file.write_text(file.read_text().replace(f'"eos_token_id": {end}', '"eos_token_id": 2'))
+    expected = ask(make_reward("pickscore"), some_images(4)).scores
+    monkeypatch.setenv("DENSEGRPO_REWARD_MODELS", str(tmp_path))
+    torch.testing.assert_close(ask(make_reward("pickscore"), some_images(4)).scores, expected, atol=1e-5, rtol=1e-5)
+
+
+@every_reward
+def test_a_model_loaded_in_inference_mode_can_be_used_and_moved_outside_of_it(name):
+    """ComfyUI runs nodes in that mode."""
+    for cached in (load_clip, load_hps, load_head):
+        cached.cache_clear()
+    reward, images = make_reward(name, precision="float16"), some_images(2)
+    with torch.inference_mode():
+        first = ask(reward, images).scores
+    assert torch.equal(ask(reward, images).scores, first)
+    folder = reward.needs()[0].folder
+    clip = (
+        load_hps(*hps_files(reward), "float16", "swap")
+        if name == "hpsv2"
+        else load_clip(resolve(folder), "float16", "swap")
+    )
+    assert not any(weight.is_inference() for weight in clip.model.parameters())
+
+
+class Moved:
+    """Remembers where it was put."""
+
+    def __init__(self):
+        self.places = []
+
+    def to(self, device):
+        self.places.append(str(device))
+
+
+@pytest.mark.parametrize(
+    ("placement", "places"), [("swap", ["cuda:1", "cpu"]), ("resident", ["cuda:1"]), ("cpu", ["cpu"])]
+)
+def test_weights_go_to_the_images_and_back(placement, places):
+    clip = Clip(Moved(), None, placement)
+    with pytest.raises(RuntimeError, match="out of memory"), clip.placed(torch.device("cuda:1")):
+        raise RuntimeError("out of memory")
+    assert clip.model.places == places
+
+
+def test_images_on_the_cpu_are_scored_on_the_gpu_if_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert computing_device(torch.device("cpu"), "swap") == torch.device("cuda:3")
+    assert computing_device(torch.device("cpu"), "cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert computing_device(torch.device("cpu"), "resident") == torch.device("cpu")
+
+
+@every_reward
+def test_a_reward_has_nothing_against_good_prompts(name):
+    assert make_reward(name).validate(PROMPTS, [{}] * 4) == []
+
+
+@with_text
+def test_an_empty_prompt_is_named(name):
+    expected = ["prompt 2 is empty; it compares an image with a text"]
+    assert make_reward(name).validate(["a", "  "], [{}, {}]) == expected
+
+
+@with_text
+def test_prompts_that_are_cut_are_logged(name, caplog):
+    with caplog.at_level(logging.WARNING, "densegrpo.rewards"):
+        assert make_reward(name).validate(["a cat", "a dog " * 60], [{}, {}]) == []
+    assert "1 of 2 prompts have more than 77 tokens; CLIP sees only their beginning" in caplog.text
+    assert "a dog a dog" in caplog.text
+
+
+@every_reward
+def test_checking_does_not_read_large_files(name, monkeypatch):
+    def refuse(path):
+        raise AssertionError(f"read {path}")
+
+    monkeypatch.setattr(clip_module, "read_weights", refuse)
+    monkeypatch.setattr("densegrpo.engine.rewards.hpsv2.read_weights", refuse)
+    load_clip.cache_clear()
+    load_hps.cache_clear()
+    assert make_reward(name).validate(["a"], [{}]) == []
+
+
+@every_reward
+def test_a_missing_transformers_is_named_with_the_remedy(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (problem,) = make_reward(name).validate(["a"], [{}])
+    assert problem.endswith(
+        "transformers, 4.46 or newer, is not installed; get it with:  pip install 'transformers>=4.46'"
+    )
+
+
+@every_reward
+def test_a_torchvision_that_does_not_fit_is_named(name, monkeypatch):
+    """Transformers then says that it could not import CLIPModel, and why only far above."""
+
+    class Broken:
+        __spec__ = sys.modules["transformers"].__spec__
+
+        def __getattr__(self, attribute):
+            raise RuntimeError(f"operator torchvision::nms does not exist ({attribute})")
+
+    monkeypatch.setitem(sys.modules, "transformers", Broken())
+    (problem,) = make_reward(name).validate(["a"], [{}])
+    assert "its CLIP cannot be imported (operator torchvision::nms does not exist" in problem
+    assert "install the torchvision of the same release, or remove it" in problem
+
+
+def test_transformers_is_imported_only_when_a_model_is_loaded():
+    code = (
+        "import sys; from densegrpo.engine.rewards import MODEL_REWARDS, make_reward; "
+        "[make_reward(name).needs() for name in MODEL_REWARDS]; assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@every_reward
+def test_every_option_has_a_tip_and_an_allowed_default(name):
+    for option, declared in reward_options(name).items():
+        assert declared.limits.tip, option
+        assert declared.limits.wrong(declared.default, declared.kind) is None
+    assert reward_class(name)() == make_reward(name)
+    assert reward_class(name).__doc__
+
+
+def test_the_reference_model_is_no_copy_of_the_converted_one(written):
+    """open_clip's class computes by itself: with its own weights it differs from a fresh one."""
+    images = crop(some_images(1), SIZE)
+    assert not torch.equal(written["hpsv2"].visual(images), OpenClip().visual(images))
