@@ -14,7 +14,8 @@ from densegrpo.engine import cli
 from densegrpo.engine.checkpoint import SaveError, checkpoints, load_checkpoint, save_checkpoint
 from densegrpo.engine.config import make_config
 from densegrpo.engine.protocols import RewardResult
-from densegrpo.engine.rewards import brightness
+from densegrpo.engine.recipes import RECIPES
+from densegrpo.engine.rewards import REWARDS, brightness
 from densegrpo.engine.run import Run, Session
 from safetensors.torch import load_file
 
@@ -322,6 +323,9 @@ def test_recipes_lists_every_method_with_its_options(capsys):
     assert cli.main(["recipes"]) == 0
     printed = capsys.readouterr().out
     assert "flow_grpo: Flow-GRPO, arXiv 2505.05470" in printed
+    assert all(f"\n{name}: " in printed for name in (*RECIPES, *REWARDS))
+    assert cli.main(["recipes", "flow_grpo"]) == 0
+    printed = capsys.readouterr().out
     assert 'kl = "flow_grpo"' in printed
     assert "group_size = 24" in printed
 
