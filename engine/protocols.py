@@ -51,6 +51,8 @@ class RewardBatch:
     """[B]"""
     metadata: Sequence[Mapping[str, Any]]
     """[B] what the prompt file says beside the prompt."""
+    groups: Tensor | None = None
+    """[B] number of the group of images of one prompt that each belongs to; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +65,22 @@ class RewardResult:
     """Sub-scores that are logged, [B] each."""
     errors: Mapping[int, str] = field(default_factory=dict)
     """Index of a failed image -> reason."""
+    skipped: frozenset[int] = frozenset()
+    """Indices of images without a score that a person chose to pass over: that is no failure."""
 
 
 class Reward(Protocol):
-    """Scores a batch of images. Optional extras: see ``rewards/__init__.py``."""
+    """Scores a batch of images.
+
+    Optional extras of its class, all False or missing unless it has them:
+
+    - ``remote: ClassVar[bool]``: something else computes. It is asked in background threads, while the next images
+      are made, so ``__call__`` must be safe in several threads at a time and must not use torch's random state.
+    - ``interactive: ClassVar[bool]``: a person answers. It sees all images of an iteration in one call, with
+      ``batch.groups``, in the main thread, and is left out of evaluations.
+    - ``needs() -> Sequence[Need]``: the files it cannot do without, see ``rewards/files.py``.
+    - ``session(folder: Path) -> AbstractContextManager[None]``: entered while a run in that folder is trained.
+    """
 
     def __call__(self, batch: RewardBatch) -> RewardResult:
         """Score every image of ``batch``."""

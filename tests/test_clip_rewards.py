@@ -11,9 +11,10 @@ from densegrpo.engine.protocols import RewardBatch
 from densegrpo.engine.rewards import MODEL_REWARDS, make_reward, reward_class, reward_options
 from densegrpo.engine.rewards import clip as clip_module
 from densegrpo.engine.rewards.aesthetic import load_head
-from densegrpo.engine.rewards.clip import Clip, computing_device, crop, letterbox, load_clip
+from densegrpo.engine.rewards.clip import Clip, crop, letterbox, load_clip
 from densegrpo.engine.rewards.files import resolve
 from densegrpo.engine.rewards.hpsv2 import hps_config, hps_files, load_hps, open_clip_text, to_transformers
+from densegrpo.engine.rewards.placement import computing_device, placed
 from PIL import Image
 from tiny_clip import LENGTH, MEAN, SIZE, STD, OpenClip, save_weights, write_all, write_clip
 from torch.nn.functional import normalize, pad
@@ -378,7 +379,7 @@ class Moved:
 )
 def test_weights_go_to_the_images_and_back(placement, places):
     clip = Clip(Moved(), None, placement)
-    with pytest.raises(RuntimeError, match="out of memory"), clip.placed(torch.device("cuda:1")):
+    with pytest.raises(RuntimeError, match="out of memory"), placed(clip.model, torch.device("cuda:1"), clip.placement):
         raise RuntimeError("out of memory")
     assert clip.model.places == places
 

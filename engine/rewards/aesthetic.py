@@ -12,9 +12,10 @@ from torch.nn.functional import linear
 
 from ..knobs import Choice
 from ..protocols import RewardBatch, RewardResult
-from .clip import BatchSize, ModelFolder, Placement, Precision, check_folder, crop, load_clip, read_config, score_batch
+from .clip import BatchSize, ModelFolder, Precision, check_folder, crop, load_clip, read_config, score_batch
 from .clipscore import CLIP_L
 from .files import Need, check_tensors, locate, read_weights, require_transformers
+from .placement import Placement
 
 FOLDER = "aesthetic"
 

@@ -6,8 +6,7 @@ once per process and shared by all rewards with equal settings.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.nn.functional import interpolate, normalize, pad
 from ..knobs import Choice, Knob, Text
 from ..protocols import RewardBatch, RewardResult
 from .files import check_tensors, read_shapes, read_weights, require_transformers, some
+from .placement import placed
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig
@@ -31,10 +31,6 @@ MAX_KEPT = 8192
 ModelFolder = Annotated[str, Text("folder of the model inside the folders for reward models")]
 Precision = Annotated[
     str, Choice(("float32", "bfloat16", "float16"), "type of the weights; scores are always computed in float32")
-]
-Placement = Annotated[
-    str,
-    Choice(("swap", "resident", "cpu"), "swap: on the GPU only while scoring; resident: stays there; cpu: never"),
 ]
 BatchSize = Annotated[int, Knob(1, 1024, "images that are scored at once")]
 Prepare = Callable[[Tensor, int], Tensor]
@@ -140,23 +136,6 @@ class Clip:
         texts = [self.clean(prompt) for prompt in prompts]
         return self.tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
-    @contextmanager
-    def placed(self, near: torch.device) -> Iterator[None]:
-        """Have the weights where they compute for a while; ``near``: where the images are."""
-        self.model.to(computing_device(near, self.placement))
-        try:
-            yield
-        finally:
-            if self.placement == "swap":
-                self.model.to("cpu")
-
-
-def computing_device(near: torch.device, placement: str) -> torch.device:
-    """The images' accelerator, or the current CUDA device; the CPU when there is none or it was asked for."""
-    if placement == "cpu" or near.type not in ("cpu", "meta"):
-        return torch.device("cpu") if placement == "cpu" else near
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
 
 def unit(found: Any) -> Tensor:
     """Projected features of transformers 4 (a tensor) or 5 (an object) -> unit length, float32 on the CPU."""
@@ -173,7 +152,7 @@ def score_batch(
     """
     good = batch.images.flatten(1).isfinite().all(1).cpu()
     scores = torch.full((len(good),), torch.nan)
-    with clip.placed(batch.images.device):
+    with placed(clip.model, batch.images.device, clip.placement):
         for rows in good.nonzero().flatten().split(batch_size):
             if len(rows):
                 prompts = [batch.prompts[int(i)] for i in rows]

@@ -8,7 +8,6 @@ from ..protocols import RewardBatch, RewardResult
 from .clip import (
     BatchSize,
     ModelFolder,
-    Placement,
     Precision,
     check_folder,
     crop,
@@ -17,6 +16,7 @@ from .clip import (
     score_batch,
 )
 from .files import Need, from_hub, locate
+from .placement import Placement
 
 CLIP_L = from_hub(
     "clip-vit-large-patch14", "openai/clip-vit-large-patch14", size="1.7 GB", licence="MIT, as OpenAI's CLIP"

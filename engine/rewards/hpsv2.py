@@ -16,7 +16,6 @@ from .clip import (
     BatchSize,
     Clip,
     ModelFolder,
-    Placement,
     Precision,
     Weights,
     build,
@@ -32,6 +31,7 @@ from .clip import (
 from .clipscore import CLIP_L
 from .files import TOKENIZER, Need, choose, locate, read_shapes, read_weights, require_transformers, resolve
 from .pickscore import PICKSCORE
+from .placement import Placement
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig

@@ -10,7 +10,6 @@ from ..protocols import RewardBatch, RewardResult
 from .clip import (
     BatchSize,
     ModelFolder,
-    Placement,
     Precision,
     check_folder,
     crop,
@@ -19,6 +18,7 @@ from .clip import (
     score_batch,
 )
 from .files import Need, from_hub, locate
+from .placement import Placement
 
 PICKSCORE = from_hub(
     "PickScore_v1",
