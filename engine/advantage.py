@@ -1,6 +1,6 @@
 """Group-relative advantages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -47,16 +47,27 @@ class GroupNorm:
         centred, mask, spread = torch.zeros_like(credit), torch.zeros_like(valid), torch.ones_like(credit)
         for chains in members:
             known = valid[chains]
-            centred[:, chains] = self.centre(credit[:, chains], known)
-            spread[:, chains] = self.spread(centred[:, chains], known)
+            own = self.centre(credit[:, chains], known)
+            width = self.spread(own, known)
+            if rewards.rules.min_std:
+                own = own.where(width >= width.new_tensor(rewards.rules.min_std)[:, None, None], 0)
+            centred[:, chains], spread[:, chains] = own, width
             enough = known.sum(0) > 1 if self.norm_axis == "step" else known.any(1).sum() > 1
             mask[chains] = known & enough
         if self.std_scope == "global":
             spread = self.spread(centred, mask)
         divisor = spread + self.std_eps
         values = centred / divisor.where(divisor > 0, 1)
-        summed = torch.einsum("v,vbt->bt", rewards.weights.double(), values).float()
+        summed = torch.einsum("v,vbt->bt", rewards.weights.double(), values)
+        summed = (self.over_batch(summed, mask) if rewards.rules.over_batch else summed).float()
         return Advantages(summed.masked_fill(~mask, 0).clamp(-self.advantage_clip, self.advantage_clip), mask)
+
+    def over_batch(self, values: Tensor, mask: Tensor) -> Tensor:
+        """[B, T] with zero mean and unit spread over all that ``mask`` marks (GDPO, arXiv 2601.05242)."""
+        known = values[mask]
+        if not len(known):
+            return values
+        return (values - known.mean()) / (known.std(correction=0) + max(self.std_eps, 1e-12))
 
     def centre(self, credit: Tensor, valid: Tensor) -> Tensor:
         """Credit minus its mean over the chains (and steps) of one group; 0 where not valid."""
@@ -75,3 +86,27 @@ class GroupNorm:
             return pooled.sqrt()
         per_step = square.sum(1, keepdim=True) / valid.sum(0).clamp(min=1)
         return (per_step + self.std_floor**2 * pooled).sqrt()
+
+
+def ranked(rewards: StepRewards, group: Tensor) -> StepRewards:
+    """The same with views that ask for it as ranks: which part of the others of its group a state beats, 0..1.
+
+    A tie counts half (Pref-GRPO's win rate, arXiv 2508.20751). States are compared with those at the same noise level.
+    """
+    if not any(rewards.rules.rank):
+        return rewards
+    values = rewards.values.clone()
+    for g in group.unique():
+        chains = group == g
+        for v in torch.tensor(rewards.rules.rank).nonzero().flatten().tolist():
+            values[v, chains] = win_rate(rewards.values[v, chains])
+    return replace(rewards, values=values)
+
+
+def win_rate(values: Tensor) -> Tensor:
+    """[B, K] -> for each column the part of the other known values that each one beats; NaN stays NaN."""
+    known = values.isfinite()
+    beaten = (values[:, None] > values[None]) + 0.5 * (values[:, None] == values[None])
+    others = known.sum(0) - 1
+    wins = (beaten.sum(1) - 0.5) / others.clamp(min=1)
+    return wins.where(known, torch.nan).where(others > 0, values.new_tensor(0.5).where(known, torch.nan))

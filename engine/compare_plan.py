@@ -129,8 +129,11 @@ class Comparison:
             config = self.config(task, method, self.seeds[0])
             with errors_named(f"task {task!r}, method {method!r}"):
                 lists = load_prompts(config.prompts, base), load_prompts(config.held_out_prompts, base)
-                training_panel(config).validate(lists[0])
-                evaluation_panel(config).validate(lists[1])
+                training, evaluation = training_panel(config), evaluation_panel(config)
+                if training.interactive or evaluation is None:
+                    raise ValueError("people's votes differ from run to run; a comparison needs other rewards")
+                training.validate(lists[0])
+                evaluation.validate(lists[1])
             prompts[task, method] = lists
         found = []
         for seed in self.seeds:

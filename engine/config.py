@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import torch
 
-from .knobs import Choice, Knob, Option, check, options_of, suggest
+from .knobs import Choice, Knob, Option, check, flag, options_of, suggest
 from .learner import OptimizerSettings
 from .lora import LoraSettings
 from .models import model_options
 from .noise_table import check_table, read_table
 from .profiles import merged, profile
 from .recipes import make_recipe, recipe_options
-from .rewards import MODES, reward_options
+from .rewards import COMMON, MODES, reward_options
 from .train import TrainSettings
 
 
@@ -26,6 +26,10 @@ class EvaluationSettings:
     every: Annotated[int, Knob(0, 1_000_000, "iterations between evaluations; 0 = only before and after")] = 0
     images_per_prompt: Annotated[int, Knob(1, 1024, "images of each held-out prompt")] = 4
     num_steps: Annotated[int, Knob(1, 200, "ODE steps of each evaluation image")] = 10
+    alarm_after: Annotated[
+        int, Knob(0, 100, "evaluations in a row that must show gaming before the alarm; 0 = no alarm")
+    ] = 2
+    stop_when_gamed: Annotated[bool, flag("end the run at the alarm; what was learnt is kept")] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +79,11 @@ SECTIONS = {
     "evaluation": EvaluationSettings,
     "saving": SavingSettings,
 }
-WEIGHT = Option(float, Knob(-1000.0, 1000.0, "weight in the sum; negative punishes"), 1.0)
-REWARD_MODE = Option(str, Choice(MODES, "normalise each reward and add, or add the scores first"), "each")
+REWARD_MODE = Option(
+    str,
+    Choice(MODES, "normalise each reward and add, the same over the batch as well, or add the scores first"),
+    "each",
+)
 FORBIDDEN = set('<>:"/\\|?*')
 
 
@@ -120,13 +127,7 @@ def make_config(data: Any) -> RunConfig:
     values["name"] = check_name(data["name"])
     values["model"] = named("model", data["model"], model_options)
     values["method"] = named("method", data["method"], recipe_options)
-    for key in ("rewards", "held_out_rewards"):
-        if not isinstance(data.get(key, []), list):
-            raise ValueError(f'{key} must be a list such as [{{"name": "brightness"}}], got {data[key]!r}')
-        values[key] = tuple(check_reward(key, entry) for entry in data.get(key, []))
-    if not values["rewards"]:
-        raise ValueError('rewards must name at least one reward, e.g. [{"name": "brightness"}]')
-    check("configuration", {"reward_mode": REWARD_MODE}, {"reward_mode": data.get("reward_mode", "each")})
+    values |= checked_rewards(data)
     for key, section in SECTIONS.items():
         given = data.get(key, {})
         if not isinstance(given, dict):
@@ -163,10 +164,30 @@ def named(title: str, entry: Any, options: Any, extra: tuple[str, ...] = ()) -> 
     return dict(entry)
 
 
+def checked_rewards(data: Mapping[str, Any]) -> dict[str, tuple[Named, ...]]:
+    """The rewards of a configuration, and how they are combined, checked."""
+    values = {}
+    for key in ("rewards", "held_out_rewards"):
+        if not isinstance(data.get(key, []), list):
+            raise ValueError(f'{key} must be a list such as [{{"name": "brightness"}}], got {data[key]!r}')
+        values[key] = tuple(check_reward(key, entry) for entry in data.get(key, []))
+    if not values["rewards"]:
+        raise ValueError('rewards must name at least one reward, e.g. [{"name": "brightness"}]')
+    mode = data.get("reward_mode", "each")
+    check("configuration", {"reward_mode": REWARD_MODE}, {"reward_mode": mode})
+    for entry in values["rewards"] if mode == "sum" else ():
+        if entry.get("rank") or entry.get("min_std"):
+            raise ValueError(
+                f"rewards: {entry['name']} has rank or min_std, but reward_mode 'sum' adds scores before their groups "
+                "are looked at; use 'each' or 'gdpo'"
+            )
+    return values
+
+
 def check_reward(title: str, entry: Any) -> dict[str, Any]:
-    """Check one reward and its weight."""
-    checked = named(title, entry, reward_options, ("weight",))
-    check(f"{title} {checked['name']}", {"weight": WEIGHT}, {"weight": checked.get("weight", 1.0)})
+    """Check one reward, its weight and what else all rewards have."""
+    checked = named(title, entry, reward_options, tuple(COMMON))
+    check(f"{title} {checked['name']}", COMMON, {key: checked[key] for key in COMMON if key in checked})
     return checked
 
 

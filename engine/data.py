@@ -82,6 +82,20 @@ class Finals:
     """
 
 
+class ViewRules(NamedTuple):
+    """How reward views become advantages, beside their weights."""
+
+    min_std: Sequence[float] = ()
+    """[V] where a group's credit differs less, it teaches nothing; empty: 0."""
+    rank: Sequence[bool] = ()
+    """[V] whether a view is ranked within its group first; empty: none is."""
+    over_batch: bool = False
+    """Whether the sum of views is normalised over the whole batch at the end (GDPO)."""
+
+
+PLAIN = ViewRules()
+
+
 @dataclass(frozen=True, slots=True)
 class StepRewards:
     """What was scored: ``values[v, b, k]`` is the reward of state ``k``, finished by ODE.
@@ -93,6 +107,7 @@ class StepRewards:
     """[V, B, T+1]"""
     weights: Tensor
     """[V] weight of each view in the final advantage."""
+    rules: ViewRules = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +120,8 @@ class Advantages:
     """[B, T] bool; True where the plan trains the step and it received credit."""
 
 
-Stats = dict[str, float | list[float]]
+Stats = dict[str, Any]
+"""Name -> number, list of numbers, or numbers by name: plain JSON."""
 
 
 def join(plans: Sequence[Plan]) -> Plan:
@@ -120,6 +136,18 @@ def join(plans: Sequence[Plan]) -> Plan:
             offset[name] += int(getattr(plan, name).max()) + 1
     keys = tuple(key for part in columns.pop("key") for key in part)
     return Plan(**{name: torch.cat(column) for name, column in columns.items()}, key=keys)
+
+
+def join_rollouts(plan: Plan, parts: Sequence[tuple[Trajectory, Finals]]) -> tuple[Trajectory, Finals]:
+    """What was sampled in parts, as sampled in one go; ``plan`` is the ``join`` of their plans."""
+    trajectories, finals = zip(*parts, strict=True)
+    columns = (torch.cat([getattr(t, name) for t in trajectories]) for name in ("states", "std", "log_prob"))
+    indices, start = [], 0
+    for part in finals:
+        indices.append(torch.where(part.index < 0, part.index, part.index + start))
+        start += len(part.latents)
+    latents, prompt = torch.cat([f.latents for f in finals]), torch.cat([f.prompt for f in finals])
+    return Trajectory(plan, trajectories[0].sigmas, *columns), Finals(latents, prompt, torch.cat(indices, 1))
 
 
 def distinct(plan: Plan, t: int) -> tuple[Tensor, Tensor]:

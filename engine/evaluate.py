@@ -1,6 +1,7 @@
 """Held-out evaluation: ODE samples from fixed noise, the same for every method and iteration."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from .data import Prompt
 from .distributed import World
+from .image_statistics import image_statistics
 from .protocols import FlowModel
 from .randomness import Purpose, normal
 from .rewards import Panel
@@ -26,6 +28,8 @@ class Evaluation(NamedTuple):
     shown: list[int]
     """[K] which prompts they are of."""
     num_images: int
+    statistics: dict[str, float]
+    """Mean statistics of all images, see ``image_statistics.py``: they drift when a reward is gamed."""
 
 
 @torch.no_grad()
@@ -33,7 +37,7 @@ def evaluate(
     model: FlowModel,
     cond: Any,
     prompts: Sequence[Prompt],
-    panel: Panel,
+    panel: Panel | None,
     world: World,
     *,
     num_steps: int,
@@ -43,6 +47,7 @@ def evaluate(
 ) -> Evaluation:
     """Score ``images_per_prompt`` images of each prompt; noise depends on prompt and image number only.
 
+    Without a ``panel`` the images are made all the same.
     Raises ValueError when there are fewer prompts than processes.
     """
     if len(prompts) < world.size:
@@ -51,22 +56,24 @@ def evaluate(
     mine = range(world.rank, len(prompts), world.size)
     shown = sorted({mine[i * len(mine) // keep] for i in range(keep)})
     work = [(p, i) for p in mine for i in range(images_per_prompt)]
-    names: list[str] = []
-    rows, kept = [], []
-    for start in range(0, len(work), batch):
-        part = work[start : start + batch]
-        noise = torch.stack([normal(model.latent_shape, Purpose.EVALUATION, 0, slot=p, chain=i) for p, i in part])
-        numbers = torch.tensor([p for p, _ in part])
-        images = model.decode(finish_by_ode(model, cond, noise.to(model.device), sigmas, numbers, batch)).cpu()
-        scored = panel(images, [prompts[p] for p, _ in part])
-        names = list(scored.by_reward)
-        rows.append(torch.cat([numbers[None].float(), torch.stack([scored.by_reward[n] for n in names])]))
-        kept += [image for image, (p, i) in zip(images, part, strict=True) if i == 0 and p in shown]
-    table = world.gather(torch.cat(rows, 1), 1)
-    table = table[:, table[0].argsort(stable=True)]
-    scores = dict(zip(names, table[1:], strict=True))
+    numbers, facts, kept = [], [], []
+    with panel.scoring() if panel else nullcontext() as scoring:
+        for start in range(0, len(work), batch):
+            part = work[start : start + batch]
+            noise = torch.stack([normal(model.latent_shape, Purpose.EVALUATION, 0, slot=p, chain=i) for p, i in part])
+            numbers.append(torch.tensor([p for p, _ in part]))
+            latents = finish_by_ode(model, cond, noise.to(model.device), sigmas, numbers[-1], batch)
+            images = model.decode(latents).cpu()
+            if scoring:
+                scoring.add(images, [prompts[p] for p, _ in part], numbers[-1])
+            facts.append(image_statistics(images))
+            kept += [image for image, (p, i) in zip(images, part, strict=True) if i == 0 and p in shown]
+        by_reward = scoring.collect().by_reward if scoring else {}
+    order = world.gather(torch.cat(numbers)).argsort(stable=True)
+    scores = {name: world.gather(values.float())[order] for name, values in by_reward.items()}
+    statistics = {name: world.gather(torch.cat([f[name] for f in facts])).nanmean().item() for name in facts[0]}
     means = {name: values.nanmean().item() for name, values in scores.items()}
-    return Evaluation(means, scores, torch.stack(kept), shown, table.shape[1])
+    return Evaluation(means, scores, torch.stack(kept), shown, len(order), statistics)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from .data import Finals, Plan, Prompt, StepRewards
 from .knobs import Choice, Knob, Numbers, whole_numbers
 from .protocols import FlowModel, Grid
 from .rewards import Panel, Scored
+from .rewards.panel import Scoring
 
 
 def full(k: int, num_steps: int) -> Sequence[int]:
@@ -123,18 +124,37 @@ def score(
     chunk: int,
     timed: Callable[[str], AbstractContextManager[None]],
 ) -> tuple[StepRewards, Scored, Tensor]:
-    """Decode and score each distinct final once: (rewards of states, details, images of the chains' ends).
+    """Decode and score each distinct final once: (rewards of states, details, images of the chains' ends)."""
+    with panel.scoring() as scoring:
+        images = submit(model, finals, prompts, scoring, chunk, timed)
+        with timed("reward"):
+            return collect(finals, images, scoring)
 
-    Views are ordered grid by grid, and within a grid reward by reward.
-    """
-    parts, images = [], []
+
+def submit(
+    model: FlowModel,
+    finals: Finals,
+    prompts: Sequence[Prompt],
+    scoring: Scoring,
+    chunk: int,
+    timed: Callable[[str], AbstractContextManager[None]],
+) -> Tensor:
+    """Decode each distinct final and hand it to the panel; returns the images [N, 3, H, W], on the CPU."""
+    images = []
     for latents, rows in zip(finals.latents.split(chunk), finals.prompt.split(chunk), strict=True):
         with timed("decode"):
             images.append(model.decode(latents).cpu())
         with timed("reward"):
-            parts.append(panel(images[-1], [prompts[i] for i in rows.tolist()]))
-    scored = Scored.join(parts)
-    index = finals.index
-    values = scored.scores[:, index.clamp(min=0)].masked_fill(index < 0, torch.nan)
-    ends = torch.cat(images)[index[0, :, -1]]
-    return StepRewards(values.transpose(0, 1).flatten(0, 1), panel.weights.repeat(len(index))), scored, ends
+            scoring.add(images[-1], [prompts[i] for i in rows.tolist()], rows)
+    return torch.cat(images)
+
+
+def collect(finals: Finals, images: Tensor, scoring: Scoring) -> tuple[StepRewards, Scored, Tensor]:
+    """Rewards of states, details, images of the chains' ends, once all scores are there.
+
+    Views are ordered grid by grid, and within a grid reward by reward.
+    """
+    scored, panel, index = scoring.collect(), scoring.panel, finals.index
+    values = scored.scores[:, index.clamp(min=0)].masked_fill(index < 0, torch.nan).transpose(0, 1).flatten(0, 1)
+    rewards = StepRewards(values, panel.weights.repeat(len(index)), panel.rules(len(index)))
+    return rewards, scored, images[finals.index[0, :, -1]]

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ STYLE = """body { font: 15px system-ui, sans-serif; max-width: 1080px; margin: 2
 img { max-width: 100%; vertical-align: top }
 figure { display: inline-block; width: 48%; min-width: 320px; margin: 0.5% }
 table { border-collapse: collapse } td, th { padding: 0.2em 0.8em; text-align: left; border-bottom: 1px solid #ddd }
+.alarm { background: #fde8e4; border-left: 4px solid #c33; padding: 0.5em 1em; margin: 1em 0 }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto }"""
 
 
@@ -29,15 +31,18 @@ def write_report(run: Run) -> None:
     figures = []
     if training:
         figures += [figure(title, draw, training) for title, draw in CURVES]
-    if evaluations:
+    if training and len(training[-1].get("rewards", ())) > 1:
+        figures.insert(1, figure("Each reward of training images", each_reward_curve, training))
+    if evaluations and evaluations[-1]["evaluation"]:
         figures.insert(0, figure("Held-out rewards", held_out_curve, evaluations))
-    samples = [run.folder / "samples" / f"{name}.png" for name in ("before", "after")]
-    pictures = [picture(path.stem, path.read_bytes()) for path in samples if path.exists()]
+    pictures = [picture(path.stem, path.read_bytes()) for path in first_and_last(run.folder / "samples")]
     body = [
         f"<h1>{html.escape(run.config.name)}</h1>",
         f"<p>{html.escape(str(run.config.method['name']))} on {html.escape(str(run.config.model['name']))}, "
         f"{len(training)} iterations</p>",
+        alarms(rows),
         table(evaluations),
+        statistics_table(evaluations),
         *pictures,
         *figures,
         "<h2>Configuration</h2><pre>" + html.escape(run.config.to_json()) + "</pre>",
@@ -46,9 +51,36 @@ def write_report(run: Run) -> None:
     write_text(run.folder / "report.html", page + "\n".join(body))
 
 
+def first_and_last(folder: Path) -> list[Path]:
+    """The sample pictures before training and of the last evaluation."""
+    steps = sorted(folder.glob("step_*.png"))
+    found = [folder / "before.png", folder / "after.png" if (folder / "after.png").exists() or not steps else steps[-1]]
+    return [path for path in found if path.exists()]
+
+
+def alarms(rows: Sequence[dict[str, Any]]) -> str:
+    """What the guard against gaming said."""
+    found = [(row["iteration"], alarm) for row in rows for alarm in row.get("alarms", ())]
+    lines = [f"<li>iteration {number}: {html.escape(alarm)}</li>" for number, alarm in found]
+    return f'<div class="alarm"><b>The reward is being gamed</b><ul>{"".join(lines)}</ul></div>' if found else ""
+
+
+def statistics_table(evaluations: Sequence[dict[str, Any]]) -> str:
+    """How the look of held-out images has drifted, whatever they show."""
+    known = [row["statistics"] for row in evaluations if row.get("statistics")]
+    if not known:
+        return ""
+    lines = [
+        f"<tr><td>{name}</td><td>{first:.3f}</td><td>{last:.3f}</td><td>{100 * (last / first - 1):+.0f} %</td></tr>"
+        for name, first in known[0].items()
+        if first and (last := known[-1].get(name)) is not None
+    ]
+    return f"<table><tr><th>held-out images</th><th>before</th><th>after</th><th></th></tr>{''.join(lines)}</table>"
+
+
 def table(evaluations: Sequence[dict[str, Any]]) -> str:
     """First and last evaluation side by side."""
-    if not evaluations:
+    if not evaluations or not evaluations[-1]["evaluation"]:
         return ""
     first, last = evaluations[0], evaluations[-1]
     lines = [
@@ -95,6 +127,13 @@ def held_out_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Mean of each reward at each evaluation."""
     for name in rows[-1]["evaluation"]:
         axes.plot(column(rows, "iteration"), column([row["evaluation"] for row in rows], name), "o-", label=name)
+    axes.legend()
+
+
+def each_reward_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Mean of each trained reward."""
+    for name in rows[-1]["rewards"]:
+        axes.plot(column(rows, "iteration"), column([row["rewards"][name] for row in rows], "mean"), label=name)
     axes.legend()
 
 

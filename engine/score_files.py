@@ -102,15 +102,16 @@ def score_files(files: Sequence[Path], prompts: Sequence[str], entries: Sequence
     if len(prompts) not in (1, len(files)):
         raise ValueError(f"{len(files)} images need one --prompt, or {len(files)} of them; got {len(prompts)}")
     texts = list(prompts) * (len(files) if len(prompts) == 1 else 1)
-    members = [member(entry) for entry in entries]
-    Panel(members).validate([Prompt(text, {}) for text in dict.fromkeys(texts)])
-    scores: dict[str, Tensor] = {label: torch.full((len(files),), torch.nan) for label, *_ in members}
+    panel = Panel([member(entry) for entry in entries])
+    members = [(one.label, one.reward) for one in panel.members]
+    panel.validate([Prompt(text, {}) for text in dict.fromkeys(texts)])
+    scores: dict[str, Tensor] = {label: torch.full((len(files),), torch.nan) for label, _ in members}
     reasons: list[tuple[int, str]] = []
     for rows, images in parts(files, reasons):
         batch = RewardBatch(images, [texts[i] for i in rows], [{}] * len(rows))
-        for label, reward, _ in members:
+        for label, reward in members:
             score_part(label, reward, batch, rows, scores, reasons)
-    columns = [column for label, *_ in members for column in scores if f"{column}/".startswith(f"{label}/")]
+    columns = [column for label, _ in members for column in scores if f"{column}/".startswith(f"{label}/")]
     named = [f"{files[i]}: {reason}" for i, reason in sorted(reasons)]
     return FileScores([str(file) for file in files], {c: scores[c].tolist() for c in columns}, named)
 

@@ -4,26 +4,28 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from .data import Advantages, Plan, Prompt, Stats, StepRewards, join
+from .advantage import ranked
+from .data import Advantages, Finals, Plan, Prompt, Stats, StepRewards, Trajectory, join, join_rollouts
 from .distributed import Solo, World
 from .knobs import Knob, flag
 from .learner import Learner
-from .probe import score
+from .probe import collect, submit
 from .protocols import FlowModel
 from .randomness import Purpose, rng
 from .recipes import Recipe
+from .reward_stats import reward_stats
 from .rewards import Panel, Scored
 from .rollout import rollout
 from .update import learn
 
 
 class RewardError(RuntimeError):
-    """No image could be scored."""
+    """Too few images could be scored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,9 @@ class TrainSettings:
         64
     )
     train_batch: Annotated[int, Knob(1, 65536, "most latents in one call with gradient; the first to lower")] = 16
+    max_missing: Annotated[
+        float, Knob(0.0, 1.0, "end the run, to be resumed, when a larger share of an iteration's images has no score")
+    ] = 0.5
     shuffle_rewards: Annotated[bool, flag("control experiment: shuffle rewards inside each group")] = False
 
 
@@ -58,6 +63,17 @@ class Iteration:
     """Why images got no score."""
 
 
+class Sampled(NamedTuple):
+    """The policy's images of one iteration and what they are worth."""
+
+    trajectory: Trajectory
+    finals: Finals
+    rewards: StepRewards
+    scored: Scored
+    images: Tensor
+    """[B, 3, H, W] of the chains' ends."""
+
+
 def train(
     model: FlowModel,
     cond: Any,
@@ -71,7 +87,7 @@ def train(
     """Yield after each iteration; the caller saves, draws, reports or stops.
 
     ``cond`` is ``model.encode`` of the texts of ``prompts``. When it ends by an exception, Ctrl-C included,
-    ``learner`` is as it was after the last whole iteration. Raises RewardError when no image of an
+    ``learner`` is as it was after the last whole iteration. Raises RewardError when too few images of an
     iteration could be scored.
     """
     world = world or Solo()
@@ -80,18 +96,20 @@ def train(
     sigmas = model.schedule(settings.num_steps)
     while learner.iteration < settings.iterations:
         clock, counted.evaluations = Clock(model.device), 0
-        plan = make_plan(model, recipe, sigmas, settings, len(prompts), learner.iteration, world)
-        with clock("rollout"):
-            traj, finals = rollout(model, cond, plan, sigmas, recipe.noise.step, recipe.probe, settings.sample_batch)
-        rewards, scored, images = score(model, finals, prompts, panel, settings.sample_batch, clock)
+        plans = make_plans(model, recipe, sigmas, settings, len(prompts), learner.iteration, world)
+        traj, finals, rewards, scored, images = sample(
+            model, cond, plans, sigmas, prompts, panel, recipe, settings, clock
+        )
+        plan, last = traj.plan, finals.index[0, :, -1]
         if settings.shuffle_rewards:
             rewards = shuffled(rewards, plan)
-        complain_if_unscored(world, rewards, scored, learner.iteration + 1)
+        complain_if_unscored(world, rewards, scored, settings.max_missing, learner.iteration + 1)
         credit, advantages = assign(recipe, rewards, plan, world)
         with clock("update"), learner.all_or_nothing():
             stats = learn(model, cond, traj, advantages, recipe, learner, world, settings.train_batch)
             learner.iteration += 1
-        stats = reward_stats(rewards, credit, advantages, plan, world) | stats | clock.stats()
+        ends = {label: scored.by_reward[label][last] for label in panel.labels}
+        stats = reward_stats(rewards, credit, advantages, plan, ends, world) | stats | clock.stats()
         stats["evaluations"] = float(world.sum(torch.tensor(counted.evaluations, device=model.device)))
         stats["processes"] = float(world.size)
         texts = [prompts[i].text for i in plan.prompt.tolist()]
@@ -113,7 +131,30 @@ class Counted:
         return self.model.velocity(x, sigma, cond, rows)
 
 
-def make_plan(
+def sample(
+    model: FlowModel,
+    cond: Any,
+    plans: Sequence[Plan],
+    sigmas: Tensor,
+    prompts: Sequence[Prompt],
+    panel: Panel,
+    recipe: Recipe,
+    settings: TrainSettings,
+    clock: "Clock",
+) -> Sampled:
+    """Roll out the plans of single groups, together; one by one when somebody else scores them meanwhile."""
+    chunk, rollouts, images = settings.sample_batch, [], []
+    with panel.scoring() as scoring:
+        for part in [[plan] for plan in plans] if panel.remote else [plans]:
+            with clock("rollout"):
+                rollouts.append(rollout(model, cond, join(part), sigmas, recipe.noise.step, recipe.probe, chunk))
+            images.append(submit(model, rollouts[-1][1], prompts, scoring, chunk, clock))
+        traj, finals = join_rollouts(join(plans), rollouts)
+        with clock("reward"):
+            return Sampled(traj, finals, *collect(finals, torch.cat(images), scoring))
+
+
+def make_plans(
     model: FlowModel,
     recipe: Recipe,
     sigmas: Tensor,
@@ -121,17 +162,16 @@ def make_plan(
     num_prompts: int,
     iteration: int,
     world: World,
-) -> Plan:
+) -> list[Plan]:
     """The groups of an iteration that belong to this process: every ``world.size``-th prompt slot."""
     picks = pick_prompts(num_prompts, settings.groups, settings.seed, iteration)
     slots = range(world.rank, settings.groups, world.size)
     if not slots:
         raise ValueError(f"{settings.groups} groups cannot be shared by {world.size} processes; raise groups")
     plans = [recipe.plan(model.latent_shape, sigmas, (settings.seed, iteration, slot)) for slot in slots]
-    chosen = [
+    return [
         replace(plan, prompt=torch.full_like(plan.prompt, picks[slot])) for plan, slot in zip(plans, slots, strict=True)
     ]
-    return join(chosen)
 
 
 def pick_prompts(num_prompts: int, groups: int, seed: int, iteration: int) -> list[int]:
@@ -153,7 +193,7 @@ def assign(recipe: Recipe, rewards: StepRewards, plan: Plan, world: World) -> tu
     # Processes number their groups alike; with its slot, which only one of them has, a group is unmistakable.
     names = torch.stack([slots, world.gather(plan.group)], 1)[order]
     group = names.unique(dim=0, return_inverse=True)[1]
-    everyone = replace(rewards, values=world.gather(rewards.values, 1)[:, order])
+    everyone = ranked(replace(rewards, values=world.gather(rewards.values, 1)[:, order]), group)
     train, noisy = world.gather(plan.train)[order], world.gather(plan.rate > 0)[order]
     credit = recipe.credit(everyone, group, noisy)
     found = recipe.normalise(credit, everyone, group, noisy)
@@ -175,41 +215,18 @@ def shuffled(rewards: StepRewards, plan: Plan) -> StepRewards:
     return replace(rewards, values=values)
 
 
-def complain_if_unscored(world: World, rewards: StepRewards, scored: Scored, number: int) -> None:
-    """Raise RewardError when nothing in this iteration got a score."""
-    usable = world.sum(rewards.values.isfinite().all(0).sum())
-    if int(usable) == 0:
-        reason = scored.errors[0] if scored.errors else "a reward gave NaN to every image"
+def complain_if_unscored(world: World, rewards: StepRewards, scored: Scored, most: float, number: int) -> None:
+    """Raise RewardError when too many images of this iteration have no score; skipped ones do not count."""
+    failed = scored.scores.isnan().any(0) & ~scored.skipped
+    usable = rewards.values.isfinite().all(0).sum()
+    count = torch.stack([failed.sum(), torch.tensor(len(failed)), scored.skipped.sum(), usable.cpu()])
+    num_failed, num_images, num_skipped, num_usable = world.sum(count.to(rewards.values.device)).tolist()
+    if num_failed > most * num_images or (num_usable == 0 and num_skipped == 0):
+        reason = scored.errors[0] if scored.errors else "another process knows why"
         raise RewardError(
-            f"iteration {number}: none of the {len(scored.scores[0])} images could be scored ({reason}); "
-            "fix the reward, then resume the run"
+            f"iteration {number}: {num_failed} of {num_images} images could not be scored ({reason}); mend the "
+            "reward, then resume the run"
         )
-
-
-def reward_stats(rewards: StepRewards, credit: Tensor, advantages: Advantages, plan: Plan, world: World) -> Stats:
-    """Numbers of the iteration over all processes, whose ``credit`` this is; views are added with their weights."""
-    values = world.gather(rewards.values, 1)
-    train, mask = world.gather(plan.train), world.gather(advantages.mask)
-    slot = world.gather(torch.tensor([key[2] for key in plan.key]))
-    weights = rewards.weights / rewards.weights.abs().sum().clamp(min=1e-12)
-    final = torch.einsum("v,vb->b", weights, values[..., -1])
-    inside = [final[slot == s].std(correction=0) for s in slot.unique() if final[slot == s].isfinite().all()]
-    gains = torch.einsum("v,vbt->bt", weights, credit).masked_fill(~train, torch.nan)
-    return {
-        "reward": final.nanmean().item(),
-        "reward_std": (final - final.nanmean()).square().nanmean().sqrt().item(),
-        "group_std": torch.stack(inside).mean().item() if inside else 0.0,
-        "unscored": final.isnan().float().mean().item(),
-        "masked": 1 - mask.sum().item() / max(train.sum().item(), 1),
-        "step_credit": nan_to_zero(gains.nanmean(0)),
-        "step_credit_std": nan_to_zero((gains - gains.nanmean(0)).square().nanmean(0).sqrt()),
-        "step_credit_positive": nan_to_zero((gains > 0).float().where(gains.isfinite(), torch.nan).nanmean(0)),
-    }
-
-
-def nan_to_zero(values: Tensor) -> list[float]:
-    """Steps without credit count 0, so that the record stays plain JSON."""
-    return values.nan_to_num(0).tolist()
 
 
 class Clock:

@@ -6,7 +6,8 @@ import torch
 from tqdm import tqdm
 
 from .distributed import World
-from .run import Progress, Run, Session
+from .run import Run
+from .session import BEST_LORA, LORA, Progress, Session
 
 
 def watch(run: Run, world: World, resume: bool) -> int:
@@ -30,8 +31,8 @@ def watch(run: Run, world: World, resume: bool) -> int:
     finally:
         bar.close()
     if not quiet:
-        print(f"run folder: {run.folder}   LoRA: lora.safetensors   report: report.html")
-        summary(run)
+        print(f"run folder: {run.folder}   LoRA: {LORA}   report: report.html")
+        summary(run, session)
     return 0
 
 
@@ -42,6 +43,8 @@ def postfix(progress: Progress) -> str:
         parts.append(f"reward {progress.iteration.stats['reward']:.3f}")
     if progress.evaluation:
         parts.append("held-out " + ", ".join(f"{k} {v:.3f}" for k, v in progress.evaluation.means.items()))
+    if progress.alarms:
+        parts.append("GAMED")
     return ", ".join(parts)
 
 
@@ -58,10 +61,17 @@ def stopped(run: Run, session: Session, reason: BaseException) -> str:
     )
 
 
-def summary(run: Run) -> None:
-    """The closing line: held-out reward before and after."""
+def summary(run: Run, session: Session) -> None:
+    """The closing lines: held-out reward before and after, and what the guard against gaming said."""
     rows = [row for row in run.metrics() if row.get("evaluation_reward") is not None]
     if rows:
         base, trained = rows[0]["evaluation_reward"], rows[-1]["evaluation_reward"]
         images = rows[-1]["evaluation_images"]
         print(f"held-out reward: base {base:.3f} -> trained {trained:.3f} ({images} images)")
+    alarms = [alarm for row in run.metrics() for alarm in row.get("alarms", ())]
+    if alarms:
+        print(f"{len(alarms)} times a held-out reward fell while the trained one rose; the last: {alarms[-1]}")
+        if (run.folder / BEST_LORA).exists():
+            print(f"the LoRA that was best on held-out rewards: {BEST_LORA}")
+    if session.gamed:
+        print(f"stopped there (stop_when_gamed); to go on all the same: densegrpo resume {run.folder}")

@@ -10,7 +10,8 @@ from aiohttp import web
 from server import PromptServer
 
 from ..engine.pictures import grid
-from ..engine.run import Progress, Run, Session
+from ..engine.run import Run
+from ..engine.session import Progress, Session
 from ..engine.watch import postfix
 
 EVENT = "densegrpo.progress"

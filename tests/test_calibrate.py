@@ -24,8 +24,9 @@ from densegrpo.engine.protocols import RewardResult
 from densegrpo.engine.recipes import make_recipe
 from densegrpo.engine.rewards import Panel
 from densegrpo.engine.rewards.brightness import Brightness
-from densegrpo.engine.run import Run, Session
+from densegrpo.engine.run import Run
 from densegrpo.engine.schedule import shifted_linear
+from densegrpo.engine.session import Session
 from densegrpo.engine.train import RewardError
 from gaussian_flow import GaussianFlow
 

@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 from densegrpo.engine.config import make_config, read_config
 from densegrpo.engine.prompts import dump, load_prompts
+from densegrpo.engine.rewards.geneval import problems
+from densegrpo.engine.rewards.geneval_words import CLASSES, COLOURS
 
 ROOT = Path(__file__).resolve().parents[1]
+GENEVAL_LINES = """\
+{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
+{"tag": "counting", "include": [{"class": "person", "count": 3}], "exclude": [{"class": "person", "count": 4}], \
+"prompt": "a photo of three persons"}
+{"tag": "position", "include": [{"class": "teddy bear", "count": 1}, \
+{"class": "dog", "count": 1, "position": ["right of", 0]}], "prompt": "a photo of a dog"}
+"""
 MINIMAL = {
     "name": "try",
     "model": {"name": "demo"},
@@ -41,7 +50,7 @@ def test_a_configuration_survives_writing_and_reading():
         ({"rewards": [{"name": "pikscore"}]}, "unknown reward 'pikscore'"),
         ({"rewards": [{"name": "brightness", "weight": "much"}]}, "weight .* must be a number"),
         ({"rewards": [{"name": "shapes", "score": "kind"}]}, "score .* 'dense', 'partial', 'strict'"),
-        ({"reward_mode": "product"}, "reward_mode .* 'each', 'sum'"),
+        ({"reward_mode": "product"}, "reward_mode .* 'each', 'gdpo', 'sum'"),
         ({"name": "../elsewhere"}, "must be a folder name"),
         ({"name": ""}, "must be a folder name"),
     ],
@@ -84,7 +93,7 @@ def test_prompt_files_are_read_with_their_metadata(tmp_path):
         ("a.txt", "\n \n", r"a\.txt has no prompts"),
         ("a.jsonl", '{"prompt": "x"}\n{oops', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", '{"text": "x"}', r'line 1: needs an object with a text "prompt"'),
-        ("a.jsonl", '{"prompt": " "}', "prompt 1 is empty"),
+        ("a.jsonl", '\n{"prompt": "x"}\n{"prompt": " "}', r"a\.jsonl, line 3: the prompt is empty"),
         ("a.csv", "x", r"must end in \.txt or \.jsonl"),
         ("a.txt", b"\xff\xfe\xfa", "not UTF-8"),
     ],
@@ -100,6 +109,30 @@ def test_a_missing_prompt_file_says_what_would_do(tmp_path):
         load_prompts("nope.txt", tmp_path)
     with pytest.raises(ValueError, match="has no prompts"):
         load_prompts([], tmp_path)
+    with pytest.raises(ValueError, match=r"the list of prompts: prompt 2 is empty"):
+        load_prompts(["a cat", " "], tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be read"):
+        load_prompts(".", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("geneval.jsonl", GENEVAL_LINES, ["a photo of a bench", "a photo of three persons", "a photo of a dog"]),
+        (
+            "ocr.txt",
+            'A sign that says "OPEN".\r\nA cake with "Hi".\r\n',
+            ['A sign that says "OPEN".', 'A cake with "Hi".'],
+        ),
+        ("users.txt", "first\u2028half\x0bsecond\x85third\nnext", ["first\u2028half\x0bsecond\x85third", "next"]),
+    ],
+)
+def test_files_of_public_sets_are_read_as_they_are(tmp_path, name, text, expected):
+    (tmp_path / name).write_bytes(text.encode())
+    prompts = load_prompts(name, tmp_path)
+    assert [p.text for p in prompts] == expected
+    for prompt in prompts if name == "geneval.jsonl" else ():
+        assert problems(prompt.metadata, CLASSES, COLOURS) is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)

@@ -3,7 +3,8 @@
 import pytest
 from densegrpo.engine.config import make_config
 from densegrpo.engine.recipes import RECIPES
-from densegrpo.engine.run import Run, Session
+from densegrpo.engine.run import Run
+from densegrpo.engine.session import Session
 
 pytestmark = pytest.mark.slow
 

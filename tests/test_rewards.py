@@ -8,7 +8,7 @@ import pytest
 import torch
 from densegrpo.engine.data import Prompt
 from densegrpo.engine.protocols import RewardBatch, RewardResult
-from densegrpo.engine.rewards import REWARDS, Panel, Scored, make_reward, reward_class
+from densegrpo.engine.rewards import REWARDS, Panel, make_reward, reward_class
 from densegrpo.engine.rewards.brightness import Brightness, luma
 from densegrpo.engine.rewards.colourfulness import Colourfulness
 from densegrpo.engine.rewards.jpeg import Jpeg
@@ -283,8 +283,11 @@ def test_one_image_is_enough():
 def test_chunks_are_put_together_in_order():
     images, members = some_images(5), [("bright", Brightness(), 1.0), ("far", Fake(fails), 1.0)]
     panel, prompts = Panel(members), prompts_for(some_images(5))
-    parts = [panel(images[i : i + 2], prompts[i : i + 2]) for i in (0, 2, 4)]
-    joined, whole = Scored.join(parts), panel(images, prompts)
+    with panel.scoring() as scoring:
+        for i in (0, 2, 4):
+            scoring.add(images[i : i + 2], prompts[i : i + 2])
+        joined = scoring.collect()
+    whole = panel(images, prompts)
     assert torch.equal(joined.scores[0], whole.scores[0])
     assert joined.scores[1].isnan().all()
     assert torch.equal(joined.by_reward["bright"], whole.by_reward["bright"])

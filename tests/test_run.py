@@ -16,7 +16,8 @@ from densegrpo.engine.config import make_config
 from densegrpo.engine.protocols import RewardResult
 from densegrpo.engine.recipes import RECIPES
 from densegrpo.engine.rewards import REWARDS, brightness
-from densegrpo.engine.run import Run, Session
+from densegrpo.engine.run import Run
+from densegrpo.engine.session import Session
 from safetensors.torch import load_file
 
 SMALL = {
@@ -258,7 +259,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, monkeypatch):
 FULL_DISK = """
 import resource, signal, sys
 from densegrpo.engine import cli
-from densegrpo.engine.run import Session
+from densegrpo.engine.session import Session
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 real = Session.save
 def save(self):
@@ -293,8 +294,8 @@ def test_a_reward_without_any_score_ends_the_run_in_one_sentence(tmp_path, confi
         lambda self, batch: RewardResult(torch.full((len(batch.prompts),), torch.nan)),
     )
     message = refused(capsys, "train", config_file, "--out", tmp_path)
-    assert "iteration 1: none of the" in message
-    assert "fix the reward, then resume" in message
+    assert "iteration 1: 24 of 24 images could not be scored" in message
+    assert "mend the reward, then resume" in message
 
 
 def test_some_unscored_images_do_not_stop_a_run(tmp_path, monkeypatch):
@@ -302,7 +303,7 @@ def test_some_unscored_images_do_not_stop_a_run(tmp_path, monkeypatch):
 
     def sometimes(self, batch):
         scores = real(self, batch).scores
-        return RewardResult(scores.where(scores < scores.median(), torch.nan))
+        return RewardResult(scores.where(scores <= scores.median(), torch.nan))
 
     monkeypatch.setattr(brightness.Brightness, "__call__", sometimes)
     rows = finish(new_run(tmp_path, held_out_prompts=None))

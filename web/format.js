@@ -2,7 +2,7 @@
 /**
  * What a run's metrics say, as text. Pure functions: the same file runs in the page and under `node --test`.
  *
- * @typedef {{iteration: number, reward?: number, seconds?: number, evaluation?: Record<string, number>}} Row
+ * @typedef {{iteration: number, reward?: number, seconds?: number, evaluation?: Record<string, number>, alarms?: string[]}} Row
  * @typedef {{run: string, total: number, rows: Row[]}} Status answer of GET /densegrpo/status?run=NAME
  */
 
@@ -41,6 +41,8 @@ export function summary({ run, total, rows }) {
     const means = finite(evaluations.map((means) => means[name]));
     if (means.length) lines.push(`held-out ${name.replace(/^held-out\//, "")} ${change(means)}`);
   }
+  const alarms = rows.flatMap((row) => row.alarms ?? []);
+  if (alarms.length) lines.push(`WARNING: ${alarms[alarms.length - 1]}`);
   const left = remaining({ run, total, rows });
   if (left) lines.push(left);
   return lines.join("\n");

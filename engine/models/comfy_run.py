@@ -26,7 +26,8 @@ from ..noise_table import check_table, describe, make_table, read_table
 from ..pictures import to_tensor
 from ..recipes import make_recipe
 from ..rewards import make_panel
-from ..run import Progress, Run, Session
+from ..run import Run
+from ..session import Progress, Session
 from .comfy import training_session
 from .comfy_settings import ComfySettings
 from .comfy_training import gives_memory_back

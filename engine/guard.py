@@ -1,0 +1,105 @@
+"""Guard against reward hacking: the trained reward rises while a reward that is not trained on falls.
+
+Every evaluation makes its images from the same prompts and noise, so two of them are compared image by image, and a
+change counts when it is larger than its own uncertainty.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checkpoint import write_text
+
+FILE = "evaluations.jsonl"
+SIGMAS = 3.0
+"""A change counts when its mean is this many standard errors from 0.
+
+The best of all evaluations so far is what a fall is measured from, and the best of many is partly luck: with 3 and two
+in a row, 20 evaluations of a reward that only fluctuates give an alarm in 2 % of simulated runs; with 2, in 30 %.
+"""
+
+
+class Snapshot(NamedTuple):
+    """One evaluation."""
+
+    iteration: int
+    scores: Mapping[str, Sequence[float | None]]
+    """Label -> [N] scores of the same prompts and noise each time; None = no score."""
+
+
+class Guard:
+    """Watches the evaluations of a run; ``trained`` and ``held_out``: label -> weight."""
+
+    def __init__(self, trained: Mapping[str, float], held_out: Mapping[str, float], in_a_row: int):
+        self.trained, self.held_out, self.in_a_row = trained, held_out, in_a_row
+        self.history: list[Snapshot] = []
+
+    def load(self, folder: Path, until: int) -> None:
+        """The evaluations of a run so far; later ones than iteration ``until`` are to be repeated and are dropped."""
+        path = folder / FILE
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}\n")]
+        self.history = [Snapshot(row["iteration"], row["scores"]) for row in rows if row["iteration"] <= until]
+
+    def save(self, folder: Path) -> None:
+        """Write them all, whole or not at all. Raises SaveError."""
+        rows: list[dict[str, Any]] = [snapshot._asdict() for snapshot in self.history]
+        write_text(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def add(self, iteration: int, scores: Mapping[str, Tensor], *, last: bool = False) -> list[str]:
+        """One more evaluation: what it alarms about, a sentence each. ``last``: none will follow."""
+        known = {label: [x if x == x else None for x in values.tolist()] for label, values in scores.items()}
+        self.history = [s for s in self.history if s.iteration < iteration] + [Snapshot(iteration, known)]
+        needed = min(self.in_a_row, len(self.history) - 1) if last else self.in_a_row
+        if not 0 < needed < len(self.history):
+            return []
+        found = (self.fall(label, needed) for label in self.held_out if label in known)
+        return [alarm for alarm in found if alarm]
+
+    def fall(self, label: str, needed: int) -> str | None:
+        """What to say when the last ``needed`` evaluations are worse than the best before them and train higher."""
+        sign = -1.0 if self.held_out[label] < 0 else 1.0
+        before, after = self.history[:-needed], self.history[-needed:]
+        best = max(before, key=lambda snapshot: sign * mean(snapshot.scores[label]))
+        if not all(change(best, now, label) * sign < -SIGMAS and self.risen(best, now) for now in after):
+            return None
+        old, new = (mean(snapshot.scores[label]) for snapshot in (best, after[-1]))
+        return (
+            f"{label} went from {old:.3f} (iteration {best.iteration}) to {new:.3f} (iteration {after[-1].iteration}) "
+            "while the trained reward improved: it is being gamed"
+        )
+
+    def risen(self, old: Snapshot, new: Snapshot) -> bool:
+        """Whether any trained reward improved; True when none of them is evaluated, as people's votes."""
+        known = {label: weight for label, weight in self.trained.items() if label in old.scores}
+        return not known or any(change(old, new, label) * (-1 if w < 0 else 1) > SIGMAS for label, w in known.items())
+
+    def held_out_score(self, snapshot: Snapshot) -> float:
+        """The weighted sum of held-out means; NaN without any."""
+        parts = [weight * mean(snapshot.scores[label]) for label, weight in self.held_out.items()]
+        return sum(parts) if parts else float("nan")
+
+    def is_best(self) -> bool:
+        """Whether the newest evaluation beats all before it, the untrained model included, on held-out rewards."""
+        *before, newest = (self.held_out_score(snapshot) for snapshot in self.history)
+        return bool(before) and newest == newest and not any(score >= newest for score in before)
+
+
+def change(old: Snapshot, new: Snapshot, label: str) -> float:
+    """Mean change of a reward in standard errors; infinite when all images change alike."""
+    pairs = zip(old.scores[label], new.scores[label], strict=True)
+    differences = torch.tensor([b - a for a, b in pairs if a is not None and b is not None], dtype=torch.float64)
+    if len(differences) < 2:
+        return 0.0
+    average, error = differences.mean().item(), differences.std().item() / len(differences) ** 0.5
+    return average / error if error > 0 else average * float("inf") if average else 0.0
+
+
+def mean(scores: Sequence[float | None]) -> float:
+    """Of those there are."""
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else float("nan")
