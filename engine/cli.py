@@ -14,13 +14,14 @@ from pathlib import Path
 
 from .calibrate import calibration_options
 from .checkpoint import SaveError
+from .cli_rewards import add_reward_commands
 from .config import SECTIONS, RunConfig, make_config, read_config, read_data
 from .knobs import Choice, Knob, Numbers, Option, options_of
 from .models import MODELS, model_options, model_settings
 from .profiles import MODELS as PROFILE_MODELS
 from .profiles import profile
 from .recipes import RECIPES, parts_of
-from .rewards import MODEL_REWARDS, REWARDS, reward_class, reward_options
+from .rewards import MODEL_REWARDS, OTHER_REWARDS, REWARDS, reward_class, reward_options
 from .train import RewardError
 
 DEMO_CONFIG = Path(__file__).resolve().parent / "demo" / "demo.json"
@@ -60,17 +61,7 @@ def parser() -> argparse.ArgumentParser:
     recipes = add("recipes", recipes_command, "list methods, rewards and models with their options and defaults")
     recipes.add_argument("method", nargs="?", help="show the options of this method")
     recipes.add_argument("--profile", help="what it uses with a model, as part of a configuration: sd35, flux, demo")
-    add("rewards", rewards_command, "list the rewards, the files they need and whether these are installed")
-    score = add("score", score_command, "score image files: try a reward before training on it")
-    score.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
-    score.add_argument("--prompt", action="append", help="the prompt of all images; or give it once for each image")
-    score.add_argument(
-        "--reward",
-        action="append",
-        required=True,
-        metavar="NAME[:OPTION=VALUE,...]",
-        help="see `densegrpo rewards`; repeat it for several",
-    )
+    add_reward_commands(add)
     compare = add("compare", compare_command, "train several methods side by side and report how they differ")
     compare.add_argument("plan", type=Path, help="a JSON file, described in engine/compare_plan.py")
     compare.add_argument("--processes", type=int, help="runs at a time (default: one per core; on a GPU 1)")
@@ -115,7 +106,7 @@ def resume_command(options: argparse.Namespace) -> int:
     run = Run.open(options.run)
     if options.iterations is not None:
         with_iterations(run.config, options.iterations)
-        run = run.with_iterations(options.iterations)
+        run = run.continued(options.iterations)
     with shared_world() as world:
         return watch(run, world, resume=True)
 
@@ -217,7 +208,7 @@ def recipes_command(options: argparse.Namespace) -> int:
         print(f"{name}: {first_line(recipe)}")
     print(f'\nTheir settings by model, for "profile": ...\n\n{", ".join(PROFILE_MODELS)}\n')
     print('Rewards, for "rewards": [{"name": ..., "weight": 1.0}]\n')
-    for name in (*REWARDS, *MODEL_REWARDS):
+    for name in (*REWARDS, *MODEL_REWARDS, *OTHER_REWARDS):
         show(f"{name}: {first_line(reward_class(name))}", reward_options(name))
     print('Models, for "model": {"name": ...}\n')
     for name in MODELS:
@@ -226,25 +217,6 @@ def recipes_command(options: argparse.Namespace) -> int:
     for name, section in SECTIONS.items():
         show(f'"{name}": {first_line(section)}', options_of(section))
     return 0
-
-
-def rewards_command(options: argparse.Namespace) -> int:
-    """``densegrpo rewards``."""
-    from .score_files import reward_list
-
-    print(reward_list())
-    return 0
-
-
-def score_command(options: argparse.Namespace) -> int:
-    """``densegrpo score IMAGE... --prompt TEXT --reward NAME``; status 1 when a score is missing."""
-    from .score_files import parse_reward, score_files
-
-    found = score_files(options.images, options.prompt or [""], [parse_reward(text) for text in options.reward])
-    print(found.table())
-    for reason in found.reasons:
-        print(f"densegrpo: {reason}", file=sys.stderr)
-    return 1 if found.reasons else 0
 
 
 def method_command(name: str, profile_name: str | None) -> int:

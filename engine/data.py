@@ -6,7 +6,7 @@ state ``t`` to state ``t + 1``.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ class Prompt:
 
     text: str
     metadata: Mapping[str, Any]
+    place: str = field(default="", compare=False)
+    """Where it was read, for messages: file and line, or its number in a list; may be empty."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -125,3 +126,9 @@ def write_lora(path: Path, tensors: LoraTensors) -> None:
     temporary = path.with_name(path.name + ".tmp")
     save_file(dict(tensors), temporary, tensors.metadata)
     temporary.replace(path)
+
+
+def read_lora(path: Path) -> LoraTensors:
+    """What ``write_lora`` wrote."""
+    with safe_open(path, "pt") as file:
+        return LoraTensors({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})

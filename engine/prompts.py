@@ -7,8 +7,16 @@ from typing import Any
 
 from .data import Prompt
 
-DEMO_FILES = Path(__file__).resolve().parent / "demo"
-BUILT_IN = {"demo:train": DEMO_FILES / "train.jsonl", "demo:held_out": DEMO_FILES / "held_out.jsonl"}
+HERE = Path(__file__).resolve().parent
+BUILT_IN = {
+    "demo:train": HERE / "demo" / "train.jsonl",
+    "demo:held_out": HERE / "demo" / "held_out.jsonl",
+    "set:colours": HERE / "prompt_sets" / "colours.jsonl",
+    "set:counting": HERE / "prompt_sets" / "counting.jsonl",
+    "set:position": HERE / "prompt_sets" / "position.jsonl",
+    "set:text": HERE / "prompt_sets" / "text.jsonl",
+}
+"""Lists that come with the package: ``demo`` for the demo model, ``set`` for the rewards geneval and ocr."""
 
 
 def load_prompts(source: str | Sequence[str | Mapping[str, Any]], folder: Path) -> list[Prompt]:
@@ -27,13 +35,16 @@ def load_prompts(source: str | Sequence[str | Mapping[str, Any]], folder: Path) 
             f"prompt file {path} does not exist; give a .txt or .jsonl file, a list of prompts, "
             f"or one of {', '.join(BUILT_IN)}"
         ) from None
+    except OSError as problem:
+        raise ValueError(f"prompt file {path} cannot be read ({problem.strerror}); is it a file of yours?") from None
     except UnicodeDecodeError as problem:
         raise ValueError(f"prompt file {path} is not UTF-8 text ({problem}); save it as UTF-8") from None
-    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines(): it also splits at separators that users type inside of prompts, such as U+2028.
+    lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix == ".jsonl":
         return checked([parse(line, f"{path}, line {n}") for n, line in lines], f"prompt file {path}")
     if path.suffix == ".txt":
-        return checked([Prompt(line, {}) for _, line in lines], f"prompt file {path}")
+        return checked([Prompt(line, {}, f"{path}, line {n}") for n, line in lines], f"prompt file {path}")
     raise ValueError(f"prompt file {path} must end in .txt or .jsonl")
 
 
@@ -50,7 +61,9 @@ def record(entry: Any, place: str) -> Prompt:
     """A prompt with its metadata from ``{"prompt": ..., ...}``."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("prompt"), str):
         raise ValueError(f'{place}: needs an object with a text "prompt", got {str(entry)[:60]}')
-    return Prompt(entry["prompt"].strip(), {k: v for k, v in entry.items() if k != "prompt"})
+    if not entry["prompt"].strip():
+        raise ValueError(f"{place}: the prompt is empty; remove it or write one")
+    return Prompt(entry["prompt"].strip(), {k: v for k, v in entry.items() if k != "prompt"}, place)
 
 
 def checked(prompts: list[Prompt], title: str) -> list[Prompt]:

@@ -67,9 +67,13 @@ class Run:
         prompts = load_prompts("prompts.jsonl", folder)
         return Run(folder, make_config(data), prompts, load_prompts(held_out.name, folder) if held_out.exists() else [])
 
-    def with_iterations(self, iterations: int) -> "Run":
-        """The same run, longer or shorter; recorded in its config."""
-        config = replace(self.config, training=replace(self.config.training, iterations=iterations))
+    def continued(self, iterations: int, stop_when_gamed: bool | None = None) -> "Run":
+        """The same run, longer or shorter, and stopping at the guard's alarm or not; recorded in its config."""
+        evaluation = self.config.evaluation
+        if stop_when_gamed is not None:
+            evaluation = replace(evaluation, stop_when_gamed=stop_when_gamed)
+        training = replace(self.config.training, iterations=iterations)
+        config = replace(self.config, training=training, evaluation=evaluation)
         write_text(self.folder / "config.json", config.to_json())
         return replace(self, config=config)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .knobs import Option
 from .protocols import Reward, RewardBatch
-from .rewards import MODEL_REWARDS, REWARDS, VARIANTS, Panel, ask, member, reward_class, reward_options
+from .rewards import MODEL_REWARDS, OTHER_REWARDS, REWARDS, VARIANTS, Panel, ask, member, reward_class, reward_options
 from .rewards.files import ROOTS_VARIABLE, described, listed, missing, roots
 
 PART = 32
@@ -44,7 +44,7 @@ class FileScores:
 def reward_list() -> str:
     """Every reward: its meaning, options and files, and whether they are installed."""
     folders = f"Reward models are looked for in {listed(roots())}; add folders with {ROOTS_VARIABLE} (environment)."
-    return "\n\n".join([folders, *(reward_entry(name) for name in (*REWARDS, *MODEL_REWARDS))])
+    return "\n\n".join([folders, *(reward_entry(name) for name in (*REWARDS, *MODEL_REWARDS, *OTHER_REWARDS))])
 
 
 def reward_entry(name: str) -> str:
@@ -53,8 +53,10 @@ def reward_entry(name: str) -> str:
     lines = [f"{name}: {(kind.__doc__ or '').strip().splitlines()[0]}"]
     if reward_options(name):
         lines.append(f"    options: {', '.join(reward_options(name))}")
-    if name in REWARDS:
+    if name in REWARDS or getattr(kind, "interactive", False):
         return "\n".join([*lines, "    installed: it needs no files"])
+    if getattr(kind, "remote", False):
+        return "\n".join([*lines, "    installed: it needs a server, whose address is an option"])
     reward = kind()
     lines += [f"    needs {need.folder}: {described(need)}" for need in reward.needs() if not missing(need)]
     gaps = [gap for need in reward.needs() if (gap := missing(need))] or reward.validate([], [])

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .data import Prompt
 from .pictures import annotated
-from .rewards import make_panel
+from .prompts import parse
+from .rewards import VARIANTS, make_panel, make_reward
 
 
 def score_images(
@@ -16,13 +17,14 @@ def score_images(
 ) -> tuple[Tensor, list[float], str]:
     """Score images [N, H, W, C] in 0..1 (ComfyUI's IMAGE): (the same with scores written below, scores, a report).
 
-    ``prompt``: one for all images, or one line per image. Raises ValueError when the lines do not fit the images,
-    or a reward cannot use a prompt.
+    ``prompt``: one for all images, or one line per image, plain or as in a .jsonl file. Raises ValueError when the
+    lines do not fit the images, or a reward cannot use a prompt.
     """
     texts = [line.strip() for line in prompt.splitlines() if line.strip()] or [""]
     if len(texts) not in (1, len(images)):
         raise ValueError(f"{len(images)} images need one prompt or {len(images)} lines, got {len(texts)} lines")
-    prompts = [Prompt(text, {}) for text in texts * (len(images) if len(texts) == 1 else 1)]
+    known = [parse(text, "prompt") if text.startswith("{") else Prompt(text, {}) for text in texts]
+    prompts = known * (len(images) if len(known) == 1 else 1)
     panel = make_panel(entries, mode)
     panel.validate(prompts)
     pixels = images[..., :3].movedim(-1, 1).float().cpu()
@@ -33,3 +35,9 @@ def score_images(
     ]
     report = "\n".join(f"{i + 1}: {row}" for i, row in enumerate(rows)) + "".join(f"\n{e}" for e in scored.errors)
     return annotated(pixels, rows).movedim(1, -1), torch.where(total.isfinite(), total, torch.nan).tolist(), report
+
+
+def missing(label: str) -> str:
+    """What a reward of the menu lacks before it can be used, and how to get it; nothing when it is ready."""
+    options = dict(VARIANTS[label])
+    return "; ".join(make_reward(options.pop("name"), **options).validate([], []))

@@ -30,7 +30,7 @@ def check_interrupts() -> None:
         for check in INTERRUPTS:
             check()
     except Exception as reason:
-        raise Interrupted(reason) from reason
+        raise Interrupted(reason) from None
 
 
 def wait_until(done: Callable[[], bool], seconds: float) -> bool:

@@ -2,12 +2,17 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibrate, demo, inspect_rollout, lora, method, progress, prompts, rewards, train
+from ..engine.models import comfy_rewards
+from . import calibrate, demo, inspect_rollout, lora, method, progress, prompts, reward_sources, rewards, train, votes
 
 NODES: list[type[io.ComfyNode]] = [
     demo.LoadDemoModel,
     prompts.TrainingPrompts,
     rewards.RewardModel,
+    reward_sources.RemoteReward,
+    reward_sources.Judge,
+    reward_sources.HumanVote,
+    reward_sources.RewardOptions,
     rewards.CombineRewards,
     rewards.RewardScore,
     method.DenseSampler,
@@ -27,5 +32,7 @@ class DenseGRPOExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Called by ComfyUI at start-up."""
-        progress.add_routes()
+        comfy_rewards.register()
+        for part in (progress, rewards, votes):
+            part.add_routes()
         return NODES

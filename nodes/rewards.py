@@ -1,12 +1,15 @@
 """Rewards: choose one, combine several, try them on images before any training."""
 
+import asyncio
 from typing import Any
 
+from aiohttp import web
 from comfy_api.latest import io
+from server import PromptServer
 
 from ..engine.errors import errors_named
 from ..engine.rewards import MODES, VARIANTS
-from ..engine.tryout import score_images
+from ..engine.tryout import missing, score_images
 from . import sockets
 from .widgets import CATEGORY
 
@@ -28,7 +31,7 @@ class RewardModel(io.ComfyNode):
                     "reward",
                     options=list(VARIANTS),
                     default="shapes partial",
-                    tooltip="None of these needs a download. 'shapes' judges coloured circles, squares and triangles.",
+                    tooltip="The first ones need nothing; the others need model files or packages, and say which.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -41,6 +44,14 @@ class RewardModel(io.ComfyNode):
             ],
             outputs=[sockets.Reward.Output("choice", display_name="reward")],
         )
+
+    @classmethod
+    def validate_inputs(cls, reward: str | None = None) -> bool | str:
+        if reward is None:  # it comes over a link
+            return True
+        if reward not in VARIANTS:
+            return f"reward {reward!r} is none of {', '.join(VARIANTS)}"
+        return missing(reward) or True
 
     @classmethod
     def execute(cls, reward: str, weight: float) -> io.NodeOutput:
@@ -60,7 +71,8 @@ class CombineRewards(io.ComfyNode):
             "mode",
             options=list(MODES),
             default="each",
-            tooltip="each: normalise every reward within its group, then add. sum: add the scores, then normalise.",
+            tooltip="each: normalise every reward within its group, then add. gdpo: the same, and then over the whole "
+            "batch. sum: add the scores, then normalise.",
         )
         return io.Schema(
             node_id="DenseGRPOCombineRewards",
@@ -95,7 +107,8 @@ class RewardScore(io.ComfyNode):
                     "prompt",
                     multiline=True,
                     default="",
-                    tooltip="The prompt of the images: one for all, or one line per image.",
+                    tooltip="The prompt of the images: one for all, or one line per image. A line of a .jsonl file, "
+                    "with metadata for GenEval or OCR, will do too.",
                 ),
             ],
             outputs=[
@@ -109,3 +122,18 @@ class RewardScore(io.ComfyNode):
         with errors_named("Reward Score"):
             annotated, scores, text = score_images(images, prompt, reward.entries, reward.mode)
         return io.NodeOutput(annotated, scores, ui={"text": [text]})
+
+
+async def readiness(request: web.Request) -> web.Response:
+    """``GET /densegrpo/reward?name=LABEL``: what a reward of the menu lacks, nothing when it is ready."""
+    label = request.query.get("name", "")
+    if label not in VARIANTS:
+        return web.json_response({"error": f"no reward {label!r}", "rewards": list(VARIANTS)}, status=404)
+    # Looking into model folders, and importing transformers for the first time, take a while.
+    return web.json_response({"reward": label, "missing": await asyncio.to_thread(missing, label)})
+
+
+def add_routes() -> None:
+    """Called once when the nodes are loaded; there is no server when a tool only reads the nodes."""
+    if getattr(PromptServer, "instance", None) is not None:
+        PromptServer.instance.routes.get("/densegrpo/reward")(readiness)

@@ -20,6 +20,8 @@ from .widgets import CATEGORY, name_problem, widgets
 TRAINING = ("iterations", "groups")
 BATCHES = ("sample_batch", "train_batch")
 EVALUATION = ("images_per_prompt",)
+WHEN_GAMED = ("warn", "stop")
+KEEP = ("last", "best held-out")
 
 
 class TrainLoop(io.ComfyNode):
@@ -69,6 +71,7 @@ class TrainLoop(io.ComfyNode):
                 runs_folder(),
                 inputs["resume"],
                 Follower(cls.hidden.unique_id),
+                best=inputs["keep"] == "best held-out",
             )
         *outputs, run = trained
         return io.NodeOutput(*outputs, ui={"text": [f"run {run.folder.name}"], "run": [run.folder.name]})
@@ -139,6 +142,18 @@ def numbers() -> list[Any]:
             tooltip="Iterations between evaluations on the held-out prompts; 0 = only before and after.",
         ),
         *widgets(options_of(EvaluationSettings), EVALUATION),
+        io.Combo.Input(
+            "when_gamed",
+            options=list(WHEN_GAMED),
+            default="warn",
+            tooltip="When the trained reward rises while a held-out one falls: warn and go on, or stop.",
+        ),
+        io.Combo.Input(
+            "keep",
+            options=list(KEEP),
+            default="last",
+            tooltip="Which LoRA is handed on: the last, or the one that was best on held-out rewards.",
+        ),
     ]
 
 
@@ -176,5 +191,6 @@ def config(inputs: Mapping[str, Any]) -> dict[str, Any]:
             "every": inputs["evaluate_every"],
             "images_per_prompt": inputs["images_per_prompt"],
             "num_steps": sampler["num_steps"],
+            "stop_when_gamed": inputs["when_gamed"] == "stop",
         },
     }

@@ -12,12 +12,19 @@ import comfy_inside  # first: it loads the host
 import comfy_memory_cases
 import comfy_model_cases
 import comfy_placement_cases
+import comfy_reward_cases
 import comfy_training_cases
 import torch
 
 CASES = {
     name.removeprefix("case_"): case
-    for module in (comfy_model_cases, comfy_training_cases, comfy_memory_cases, comfy_placement_cases)
+    for module in (
+        comfy_model_cases,
+        comfy_training_cases,
+        comfy_memory_cases,
+        comfy_placement_cases,
+        comfy_reward_cases,
+    )
     for name, case in vars(module).items()
     if name.startswith("case_")
 }

@@ -86,6 +86,8 @@ class Makes(TorchFunctionMode):
         device = kwargs.get("device")
         if function is torch.tensor and device is not None and torch.device(device).type == ACCELERATOR.type:
             return function(*args, **kwargs | {"device": CPU}).to(device)
+        if function is torch.Tensor.new_tensor and isinstance(args[0], Away):
+            return torch.tensor(args[1], dtype=args[0].dtype).to(ACCELERATOR)
         return function(*args, **kwargs)
 
 

@@ -209,7 +209,9 @@ if __name__ == "__main__":
         contents = {
             "aiohttp": {"web": HostModule("aiohttp.web")},
             "comfy_api.latest": {"io": IO, "ComfyExtension": Extension},
-            "folder_paths": {f"get_{kind}_directory": lambda: empty for kind in ("input", "output")},
+            "folder_paths": {f"get_{kind}_directory": lambda: empty for kind in ("input", "output")}
+            | {"models_dir": empty, "folder_names_and_paths": {"reward_models": ([], set())}}
+            | {"get_folder_paths": lambda _: [], "add_model_folder_path": lambda *_, **__: None},
         }
         sys.meta_path.insert(0, HostModules(contents))
         found = [info(node) for node in load(Path(sys.argv[1]).resolve())]

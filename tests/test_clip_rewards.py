@@ -1,27 +1,22 @@
-"""PickScore, HPSv2.1, CLIPScore and the aesthetic predictors, on tiny random models in the published layouts."""
-
-import logging
-import subprocess
-import sys
+"""Numbers of PickScore, HPSv2.1, CLIPScore and LAION's aesthetic predictors, and how they keep and share models."""
 
 import numpy as np
 import pytest
 import torch
 from densegrpo.engine.protocols import RewardBatch
-from densegrpo.engine.rewards import MODEL_REWARDS, make_reward, reward_class, reward_options
 from densegrpo.engine.rewards import clip as clip_module
+from densegrpo.engine.rewards import make_reward
 from densegrpo.engine.rewards.aesthetic import load_head
-from densegrpo.engine.rewards.clip import Clip, crop, letterbox, load_clip
+from densegrpo.engine.rewards.clip import crop, letterbox, load_clip
 from densegrpo.engine.rewards.files import resolve
 from densegrpo.engine.rewards.hpsv2 import hps_config, hps_files, load_hps, open_clip_text, to_transformers
-from densegrpo.engine.rewards.placement import computing_device, placed
 from PIL import Image
 from tiny_clip import LENGTH, MEAN, SIZE, STD, OpenClip, save_weights, write_all, write_clip
+from tiny_reward_models import some_images
 from torch.nn.functional import normalize, pad
 from transformers import CLIPImageProcessor, CLIPModel
 
-every_reward = pytest.mark.parametrize("name", sorted(MODEL_REWARDS))
-with_text = pytest.mark.parametrize("name", ["clipscore", "hpsv2", "pickscore"])
+every_reward = pytest.mark.parametrize("name", ["aesthetic", "clipscore", "hpsv2", "pickscore"])
 PROMPTS = ["a red cat", "a dog", "a red cat", "photo of a dog &amp; a cat"]
 
 
@@ -40,12 +35,6 @@ def use_root(root, written, monkeypatch):
     monkeypatch.setenv("DENSEGRPO_REWARD_MODELS", str(root))
 
 
-def some_images(num=4, height=48, width=48, seed=0):
-    """Smooth, as photographs are."""
-    coarse = torch.rand(num, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
-
-
 def ask(reward, images, prompts=None):
     prompts = prompts or PROMPTS[: len(images)]
     return reward(RewardBatch(images, prompts, [{}] * len(images)))
@@ -59,62 +48,6 @@ def token_ids(folder, prompts):
 
 def from_features(found):
     return normalize(found if torch.is_tensor(found) else found.pooler_output, dim=-1)
-
-
-@every_reward
-@pytest.mark.parametrize("size", [(48, 48), (40, 96), (20, 16)])
-def test_a_reward_gives_one_finite_float_per_image(name, size):
-    result = ask(make_reward(name), some_images(3, *size))
-    assert result.scores.shape == (3,)
-    assert result.scores.dtype == torch.float32
-    assert result.scores.isfinite().all()
-    assert result.scores.unique().numel() == 3
-    assert all(values.shape == (3,) for values in result.details.values())
-    assert not result.errors
-
-
-@every_reward
-def test_an_images_score_does_not_depend_on_the_others_their_order_or_the_batch_size(name):
-    images, order = some_images(4, 60, 48), [2, 0, 3, 1]
-    whole = ask(make_reward(name), images).scores
-    shuffled = ask(make_reward(name), images[order], [PROMPTS[i] for i in order]).scores
-    torch.testing.assert_close(shuffled, whole[order], atol=1e-5, rtol=1e-5)
-    for batch_size in (1, 3):
-        parts = ask(make_reward(name, batch_size=batch_size), images).scores
-        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
-
-
-@every_reward
-def test_a_reward_changes_neither_its_images_nor_the_random_state_and_leaves_no_graph(name):
-    images = some_images(2)
-    kept, state = images.clone(), torch.get_rng_state()
-    assert not ask(make_reward(name), images).scores.requires_grad
-    assert torch.equal(images, kept)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@every_reward
-def test_no_images_no_scores(name):
-    assert ask(make_reward(name), torch.zeros(0, 3, 8, 8), []).scores.shape == (0,)
-
-
-@every_reward
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_an_image_with_pixels_that_are_no_numbers_gets_nan_and_the_others_their_score(name, bad):
-    images = some_images(3)
-    whole = ask(make_reward(name), images).scores
-    images[1, 2, 5, 5] = bad
-    result = ask(make_reward(name), images)
-    assert result.scores.isnan().tolist() == [False, True, False]
-    assert result.errors == {1: "the image has pixels that are not numbers"}
-    torch.testing.assert_close(result.scores[[0, 2]], whole[[0, 2]], atol=1e-5, rtol=1e-5)
-
-
-@every_reward
-@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 4, 8, 8), (2, 8, 8)])
-def test_images_that_are_not_rgb_are_refused(name, shape):
-    with pytest.raises(ValueError, match=r"images must be float \[B, 3, H, W\] in 0\.\.1 \(RGB\), got .*convert grey"):
-        ask(make_reward(name), torch.zeros(shape), ["a", "b"])
 
 
 def test_pickscore_is_the_models_own_logit_divided_by_26(root, written):
@@ -362,108 +295,6 @@ def test_a_model_loaded_in_inference_mode_can_be_used_and_moved_outside_of_it(na
         else load_clip(resolve(folder), "float16", "swap")
     )
     assert not any(weight.is_inference() for weight in clip.model.parameters())
-
-
-class Moved:
-    """Remembers where it was put."""
-
-    def __init__(self):
-        self.places = []
-
-    def to(self, device):
-        self.places.append(str(device))
-
-
-@pytest.mark.parametrize(
-    ("placement", "places"), [("swap", ["cuda:1", "cpu"]), ("resident", ["cuda:1"]), ("cpu", ["cpu"])]
-)
-def test_weights_go_to_the_images_and_back(placement, places):
-    clip = Clip(Moved(), None, placement)
-    with pytest.raises(RuntimeError, match="out of memory"), placed(clip.model, torch.device("cuda:1"), clip.placement):
-        raise RuntimeError("out of memory")
-    assert clip.model.places == places
-
-
-def test_images_on_the_cpu_are_scored_on_the_gpu_if_there_is_one(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert computing_device(torch.device("cpu"), "swap") == torch.device("cuda:3")
-    assert computing_device(torch.device("cpu"), "cpu") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert computing_device(torch.device("cpu"), "resident") == torch.device("cpu")
-
-
-@every_reward
-def test_a_reward_has_nothing_against_good_prompts(name):
-    assert make_reward(name).validate(PROMPTS, [{}] * 4) == []
-
-
-@with_text
-def test_an_empty_prompt_is_named(name):
-    expected = ["prompt 2 is empty; it compares an image with a text"]
-    assert make_reward(name).validate(["a", "  "], [{}, {}]) == expected
-
-
-@with_text
-def test_prompts_that_are_cut_are_logged(name, caplog):
-    with caplog.at_level(logging.WARNING, "densegrpo.rewards"):
-        assert make_reward(name).validate(["a cat", "a dog " * 60], [{}, {}]) == []
-    assert "1 of 2 prompts have more than 77 tokens; CLIP sees only their beginning" in caplog.text
-    assert "a dog a dog" in caplog.text
-
-
-@every_reward
-def test_checking_does_not_read_large_files(name, monkeypatch):
-    def refuse(path):
-        raise AssertionError(f"read {path}")
-
-    monkeypatch.setattr(clip_module, "read_weights", refuse)
-    monkeypatch.setattr("densegrpo.engine.rewards.hpsv2.read_weights", refuse)
-    load_clip.cache_clear()
-    load_hps.cache_clear()
-    assert make_reward(name).validate(["a"], [{}]) == []
-
-
-@every_reward
-def test_a_missing_transformers_is_named_with_the_remedy(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    (problem,) = make_reward(name).validate(["a"], [{}])
-    assert problem.endswith(
-        "transformers, 4.46 or newer, is not installed; get it with:  pip install 'transformers>=4.46'"
-    )
-
-
-@every_reward
-def test_a_torchvision_that_does_not_fit_is_named(name, monkeypatch):
-    """Transformers then says that it could not import CLIPModel, and why only far above."""
-
-    class Broken:
-        __spec__ = sys.modules["transformers"].__spec__
-
-        def __getattr__(self, attribute):
-            raise RuntimeError(f"operator torchvision::nms does not exist ({attribute})")
-
-    monkeypatch.setitem(sys.modules, "transformers", Broken())
-    (problem,) = make_reward(name).validate(["a"], [{}])
-    assert "its CLIP cannot be imported (operator torchvision::nms does not exist" in problem
-    assert "install the torchvision of the same release, or remove it" in problem
-
-
-def test_transformers_is_imported_only_when_a_model_is_loaded():
-    code = (
-        "import sys; from densegrpo.engine.rewards import MODEL_REWARDS, make_reward; "
-        "[make_reward(name).needs() for name in MODEL_REWARDS]; assert 'transformers' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@every_reward
-def test_every_option_has_a_tip_and_an_allowed_default(name):
-    for option, declared in reward_options(name).items():
-        assert declared.limits.tip, option
-        assert declared.limits.wrong(declared.default, declared.kind) is None
-    assert reward_class(name)() == make_reward(name)
-    assert reward_class(name).__doc__
 
 
 def test_the_reference_model_is_no_copy_of_the_converted_one(written):

@@ -246,6 +246,33 @@ def test_training_happens_where_the_host_puts_the_model(measured):
     assert found["difference"] < CLOSE
 
 
+def test_a_reward_model_is_found_and_scores_the_same_inside_and_outside_of_nodes(measured):
+    """Nodes run in inference mode, training does not; in between the host moves the weights about."""
+    found = measured("reward_models")
+    assert found["roots"] == 0, "a folder of extra_model_paths.yaml is searched first"
+    assert found["last root"] == "reward_models"
+    assert found["listed"] == ["clip-vit-large-patch14/model.safetensors"]
+    for moment in ("first", "again", "training"):
+        assert found[moment] == pytest.approx(found["alone"], abs=1e-6), moment
+    assert len({round(score, 3) for score in found["alone"]}) == 3
+
+
+def test_the_host_knows_of_a_reward_models_memory(measured):
+    found = measured("reward_models")
+    assert (found["loaded"], found["loaded twice"], found["name"]) == (1, 1, "CLIPModel")
+
+
+def test_a_reward_model_computes_where_the_host_puts_it_and_leaves_as_a_whole(measured):
+    found = measured("reward_models_on_an_accelerator")
+    assert found["places"] == {"scoring": ["meta"], "unloaded": ["cpu"]}
+    assert found["freed in part"] == 0
+    assert found["found"] == pytest.approx(found["expected"], abs=1e-5)
+
+
+def test_cancel_is_heard_while_something_is_waited_for(measured):
+    assert measured("cancel_while_waiting") == {"before": "not refused", "after": ""}
+
+
 def test_a_target_that_matches_nothing_is_refused(measured):
     assert "match no linear layer" in measured("untouched")["refused"]
 

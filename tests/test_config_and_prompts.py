@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from densegrpo.engine.config import make_config, read_config
 from densegrpo.engine.prompts import dump, load_prompts
+from densegrpo.engine.rewards import make_panel
 from densegrpo.engine.rewards.geneval import problems
 from densegrpo.engine.rewards.geneval_words import CLASSES, COLOURS
 
@@ -133,6 +134,23 @@ def test_files_of_public_sets_are_read_as_they_are(tmp_path, name, text, expecte
     assert [p.text for p in prompts] == expected
     for prompt in prompts if name == "geneval.jsonl" else ():
         assert problems(prompt.metadata, CLASSES, COLOURS) is None
+
+
+def test_what_a_reward_has_against_a_prompt_is_said_with_file_and_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"prompt": "a red circle"}\n\n{"prompt": "a cat"}\n{"prompt": "a cat", "include": 3}\n'
+    )
+    (tmp_path / "b.txt").write_text("a red circle\n\na dog\n")
+    panel = make_panel([{"name": "shapes"}])
+    with pytest.raises(
+        ValueError, match=r"^reward shapes: .*a\.jsonl, line 3 or .*line 4: prompt 'a cat': it has"
+    ):
+        panel.validate(load_prompts("a.jsonl", tmp_path))
+    with pytest.raises(ValueError, match=r"b\.txt, line 3: prompt 'a dog': it has no 'include'"):
+        panel.validate(load_prompts("b.txt", tmp_path))
+    with pytest.raises(ValueError, match=r"^reward shapes: prompt 'a dog': it has no"):
+        panel.validate(load_prompts(["a dog"], tmp_path))
+    assert "line" not in dump(load_prompts("b.txt", tmp_path))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)

@@ -237,7 +237,9 @@ def test_one_iteration_of_densegrpo_moves_the_lora_and_nothing_else(family, dtyp
     settings = TrainSettings(iterations=1, groups=2, num_steps=3, sample_batch=8, train_batch=4)
     panel = Panel([("brightness", make_reward("brightness"), 1.0)])
     (iteration,) = train(model, model.encode(PROMPTS[:2]), prompts, panel, recipe, learner, settings)
-    numbers = [v for value in iteration.stats.values() for v in (value if isinstance(value, list) else [value])]
+    named = {**iteration.stats, **iteration.stats.pop("rewards")["brightness"]}
+    del named["rewards"], named["reward_correlation"]
+    numbers = [v for value in named.values() for v in (value if isinstance(value, list) else [value])]
     assert torch.tensor(numbers).isfinite().all()
     assert iteration.stats["ratio"] == 1.0
     assert iteration.stats["transitions"] == 2 * 3 * 2

@@ -24,7 +24,9 @@ MENU = {
     "DenseGRPO/method": {
         *("BranchSampler", "CalibrateExploration", "DenseSampler", "PolicyUpdate", "RewardProbe", "TurningPoints"),
     },
-    "DenseGRPO/reward": {"CombineRewards", "RewardModel", "RewardScore"},
+    "DenseGRPO/reward": {
+        *("CombineRewards", "HumanVote", "Judge", "RemoteReward", "RewardModel", "RewardOptions", "RewardScore"),
+    },
 }
 """Where the nodes are in the menu of the canvas, by their id without "DenseGRPO"."""
 Info = dict[str, Any]

@@ -6,10 +6,11 @@ import torch
 from densegrpo.engine import score_files as module
 from densegrpo.engine.cli import main
 from densegrpo.engine.protocols import RewardBatch
-from densegrpo.engine.rewards import MODEL_REWARDS, REWARDS, VARIANTS, make_reward
+from densegrpo.engine.rewards import MODEL_REWARDS, OTHER_REWARDS, REWARDS, VARIANTS, make_reward
 from densegrpo.engine.score_files import parse_reward, read_image, score_files
 from PIL import Image
-from tiny_clip import write_all, write_clip
+from tiny_clip import write_clip
+from tiny_reward_models import write_every_model
 
 BRIGHT = [{"name": "brightness"}]
 
@@ -181,11 +182,14 @@ def test_the_list_says_what_each_reward_needs_and_how_to_get_it(root, capsys):
     assert main(["rewards"]) == 0
     text = capsys.readouterr().out
     found = sections(text)
-    assert list(found) == [*REWARDS, *MODEL_REWARDS]
+    assert list(found) == [*REWARDS, *MODEL_REWARDS, *OTHER_REWARDS]
     assert str(root) in text.splitlines()[0]
     for name in REWARDS:
         assert found[name].strip().endswith("installed: it needs no files")
     assert "options: target" in found["brightness"]
+    assert "needs a server" in found["remote_http"]
+    assert "needs a server" in found["vlm_judge"]
+    assert "needs no files" in found["human_vote"]
     for name in MODEL_REWARDS:
         assert "    not installed: folder " in found[name]
         assert "licence" in found[name]
@@ -203,7 +207,7 @@ def test_the_list_names_models_that_are_there_but_damaged(root, capsys):
 
 
 def test_the_list_says_what_is_installed(root, capsys):
-    write_all(root)
+    write_every_model(root)
     main(["rewards"])
     found = sections(capsys.readouterr().out)
     assert all(found[name].strip().endswith("\n    installed") for name in MODEL_REWARDS)

@@ -28,12 +28,14 @@ NODES = json.loads((ROOT / "tests" / "golden" / "object_info.json").read_text(en
 METHODS = sorted(RECIPES)
 ON_FLUX = ["dense_grpo", "g2rpo", "tempflow_grpo", "tp_grpo"]
 FIRST_STEPS = ["quickstart_demo", "try_a_reward", "use_the_lora", "calibrate_demo"]
+REWARDS_ON_DEMO = ["reward_mix_with_holdout", "human_votes"]
+REWARDS_ON_SD35 = ["ocr_text_rendering", "geneval_composition"]
 TRAININGS = [
     *(f"{name}_{model}" for name in METHODS for model in ("demo", "sd35")),
     *(f"{name}_flux" for name in ON_FLUX),
 ]
-NAMES = sorted([*FIRST_STEPS, *TRAININGS])
-DEMOS = [*FIRST_STEPS, *(name for name in TRAININGS if name.endswith("_demo"))]
+NAMES = sorted([*FIRST_STEPS, *REWARDS_ON_DEMO, *REWARDS_ON_SD35, *TRAININGS])
+DEMOS = [*FIRST_STEPS, *REWARDS_ON_DEMO, *(name for name in TRAININGS if name.endswith("_demo"))]
 NOTES = ("MarkdownNote", "Note")
 FILES = ("ckpt_name", "clip_name1", "clip_name2", "clip_name3", "lora_name", "unet_name", "vae_name")
 TITLE_HEIGHT = 30
@@ -201,7 +203,7 @@ def test_seeds_stay_fixed(name: str):
 
 def test_the_workflows_show_our_nodes_and_no_unused_one_is_frozen():
     used = {node["class_type"] for name in NAMES for node in api(name).values()}
-    assert NODES.keys() - used == {"DenseGRPOCombineRewards"}
+    assert NODES.keys() - used == {"DenseGRPOJudge", "DenseGRPORemoteReward", "DenseGRPORewardOptions"}
 
 
 def test_the_lora_that_is_used_is_the_one_the_quickstart_saves():
@@ -349,7 +351,7 @@ class TestOnAHost:
             frozen = specs(NODES[name])
             assert list(specs(live[name])) == list(frozen), f"{name}: run python workflows/build.py --host ADDRESS"
             for key, (kind, options) in specs(live[name]).items():
-                ignored = {"tooltip", *(["options"] if key in ("file", "reuse") else [])}
+                ignored = {"tooltip", *(["options"] if key in ("file", "reuse", "model") else [])}
                 live_options = {k: v for k, v in options.items() if k not in ignored}
                 assert (kind, live_options) == (
                     frozen[key][0],

@@ -5,12 +5,16 @@ import { api } from "../../scripts/api.js";
 // @ts-ignore served by the host
 import { app } from "../../scripts/app.js";
 import { append, newest, summary } from "./format.js";
+import { showVotes } from "./votes.js";
 
 /** @typedef {import("./format.js").Status} Status */
 
 const TRAIN_LOOP = "DenseGRPOTrainLoop";
+const REWARD_MODEL = "DenseGRPORewardModel";
 const WITH_TEXT = [
   "DenseGRPORewardScore",
+  "DenseGRPORemoteReward",
+  "DenseGRPOJudge",
   "DenseGRPOInspectRollout",
   "DenseGRPOCalibrateExploration",
   "DenseGRPOSaveLoRA",
@@ -73,6 +77,25 @@ async function rebuild(node) {
   else show(node, NOT_STARTED);
 }
 
+/** Say on a Reward Model what its reward lacks; a node that never lacked anything stays small. @param {any} node */
+async function showMissing(node) {
+  const name = node.widgets.find((/** @type {any} */ w) => w.name === "reward").value;
+  const answer = await api.fetchApi(`/densegrpo/reward?name=${encodeURIComponent(name)}`);
+  if (!answer.ok) return;
+  const { missing } = await answer.json();
+  if (missing || elements.has(node)) show(node, missing ? `not installed: ${missing}` : "ready");
+}
+
+/** Do that now and whenever another reward is chosen. @param {any} node */
+function watchReward(node) {
+  const widget = node.widgets.find((/** @type {any} */ w) => w.name === "reward");
+  const before = widget.callback;
+  widget.callback = function () {
+    before?.apply(this, arguments);
+    showMissing(node);
+  };
+}
+
 /** The node of an execution id, which is a path through subgraphs such as "5:3". @param {string} id */
 function nodeOf(id) {
   let graph = app.graph;
@@ -88,6 +111,7 @@ app.registerExtension({
   name: "DenseGRPO.Nodes",
 
   setup() {
+    showVotes(api);
     api.addEventListener("densegrpo.progress", (/** @type {CustomEvent} */ { detail }) => {
       const node = nodeOf(detail.node);
       if (node?.comfyClass !== TRAIN_LOOP) return; // another workflow is open
@@ -100,6 +124,7 @@ app.registerExtension({
   nodeCreated(/** @type {any} */ node) {
     // At once, so that it stands above the preview, which the stock frontend adds while the node runs.
     if (node.comfyClass === TRAIN_LOOP) show(node, NOT_STARTED);
+    if (node.comfyClass === REWARD_MODEL) watchReward(node);
     if (!WITH_TEXT.includes(node.comfyClass)) return;
     const before = node.onExecuted;
     node.onExecuted = function (/** @type {any} */ output) {
@@ -110,5 +135,6 @@ app.registerExtension({
 
   loadedGraphNode(/** @type {any} */ node) {
     if (node.comfyClass === TRAIN_LOOP) rebuild(node);
+    if (node.comfyClass === REWARD_MODEL) showMissing(node);
   },
 });

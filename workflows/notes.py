@@ -154,3 +154,93 @@ and after.
 - `reuse`: choose the saved table, then nothing is searched again (press **R** when it is not in the list)
 - `rounds` and `trajectories`: more of them are surer and slower
 """
+
+REWARD_MIX = """
+# Two rewards at once, and a third that keeps watch
+
+No download, no GPU: just press **Run**.
+
+*shapes dense* counts the area of the wanted colours: smooth, but blots of colour earn as much as shapes. *shapes \
+partial* asks for shapes, numbers and places. **Combine Rewards** normalises each by itself (`gdpo`), so that neither \
+drowns the other. *shapes strict* is **only measured**: it is the guard.
+
+## What to expect
+
+About a minute. *shapes partial* rises a little (0.79 to 0.81), the area with it, and the guard stays within chance \
+(0.64 to 0.60). Every 10 iterations the held-out images are compared one by one with the best so far: if a trained \
+reward is up while the guard is down, twice in a row and beyond chance, the node says that the reward is being gamed \
+and the run stops (`when_gamed`). `keep` *best held-out* hands on the best LoRA, if any beat the untrained model.
+
+## What to change
+
+- link only the *easily gamed* Reward Model to the loop, `lr` 0.003: its score doubles, the guard falls from 0.64 to \
+nearly 0, and the run stops at the second evaluation. That is reward hacking
+- `weight`: it says how much a reward counts, not how large its scores are. At 0.5 the easy one is all that is learnt
+- `when_gamed` warn: see how far it goes
+"""
+
+HUMAN_VOTES = """
+# You are the reward
+
+No download, no GPU: press **Run**. After a few seconds a panel opens in this page with eight pictures of one prompt.
+
+**Click** (or press **1** to **8**) what you like, right-click or Shift + number what you dislike, **Enter** to send. \
+**S** skips, **Stop** ends the run; it can be continued. Another browser tab works too, also on another screen.
+
+## What to expect
+
+Ten rounds. Vote for one thing, such as dark pictures, and look at the last rounds. Nobody votes for 10 minutes: the \
+group is skipped, nothing is learnt from it. *shapes strict* is only measured.
+
+## What to change
+
+- `mode` rank: click the pictures in order, best first
+- `iterations`, `group_size`: more votes teach more. Your votes are kept with the run, in \
+`output/densegrpo/<run_name>/votes`
+- link *Combine Rewards* in between, to mix votes with another reward
+"""
+
+OCR_TEXT_RENDERING = f"""
+# Writing: SD3.5 Medium learns to render text
+
+The reward reads the image (OCR) and compares it with the quoted words of the prompt, as in Flow-GRPO. Reading alone \
+would be gamed: plain pages with huge letters score best. So *clipscore* is mixed in, and *pickscore*, which is only \
+measured, keeps watch.
+
+{SD35_FILES}
+## The rewards
+
+- *ocr*: `pip install rapidocr onnxruntime` into ComfyUI's Python; its models come along
+- *clipscore*, *pickscore*: each Reward Model says which files it lacks and the command that gets them
+
+## What to change
+
+- prompts: each needs one text in quotation marks. `densegrpo prompts text --count 500 --out my.jsonl` writes \
+a file for the `input` folder
+- no PickScore at hand: choose another reward for the node *only measured*
+- out of memory: lower `train_batch`, then `sample_batch`
+
+A long run: hours. Try `iterations` 2 first. Reading takes about 0.3 s per image of the processor's time.
+"""
+
+GENEVAL_COMPOSITION = f"""
+# Composition: SD3.5 Medium learns to count and to place
+
+GenEval's rules: a detector (Mask2Former) finds the objects, CLIP names their colours, and the score is the share of \
+counts, colours and places that are right. *pickscore* is only measured and keeps watch over the looks.
+
+{SD35_FILES}
+## The rewards
+
+Each Reward Model says which files it lacks and the command that gets them: the detector (0.3 GB), CLIP-L (1.7 GB), \
+PickScore (3.9 GB).
+
+## What to change
+
+- prompts: they need GenEval's metadata. `densegrpo prompts geneval --count 5000 --out my.jsonl` writes a file for the \
+`input` folder
+- remove the link to `probe`: Flow-GRPO, a fifth of the images to score
+- out of memory: lower `train_batch`, then `sample_batch`
+
+A long run: hours. Try `iterations` 2 first.
+"""

@@ -1,6 +1,6 @@
 """Training graphs: a method on the demo model, SD3.5 or FLUX. The methods and their values are in methods.py."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from graph import Graph, Group, Node, Output
@@ -23,6 +23,10 @@ DEMO_UPDATE = {
 HELD_OUT_TITLE = "Training Prompts (held out: only to measure)"
 
 
+MakeReward = Callable[[Graph], tuple[Node, Sequence[Node]]]
+"""Makes the nodes of a reward: (the one that is linked, those it is made of)."""
+
+
 class Base(NamedTuple):
     """What is trained, on what, for what: everything but the method."""
 
@@ -35,6 +39,18 @@ class Base(NamedTuple):
     held_out: Node
     reward: Node
     watched: Node
+    parts: Sequence[Node] = ()
+    """What ``reward`` is made of."""
+
+
+class Task(NamedTuple):
+    """What a large model is to learn."""
+
+    train: Mapping[str, Any]
+    """Widgets of its Training Prompts."""
+    held_out: Mapping[str, Any]
+    reward: MakeReward
+    watched: str = "jpeg compressible"
 
 
 def training(graph: Graph, base: Base, method: Method, values: Values, name: str, lora: str, look: bool) -> None:
@@ -48,7 +64,7 @@ def training(graph: Graph, base: Base, method: Method, values: Values, name: str
     graph.arrange(
         [Group("Read me", "grey", [[base.start]])],
         [Group("1  Model and prompts", "blue", base.columns)],
-        [Group("2  Reward and method", "green", [[base.reward, base.watched, *parts.values()], second])],
+        [Group("2  Reward and method", "green", [[*base.parts, base.reward, base.watched, *parts.values()], second])],
         *([Group(f"{next(number)}  See what is compared", "grey", [column])] for column in seen),
         [Group(f"{next(number)}  Train", "purple", [[loop]])],
         [results(graph, loop, lora, next(number))],
@@ -70,7 +86,7 @@ def train_loop(graph: Graph, base: Base, links: Mapping[str, Output], values: Va
     """GRPO Train Loop; ``links`` are the parts of the method by socket."""
     return graph.add(
         "DenseGRPOTrainLoop",
-        size=(380, 930),
+        size=(380, 990),
         model=base.model,
         vae=base.vae,
         prompts=base.train[0],
@@ -116,15 +132,20 @@ def results(graph: Graph, loop: Node, name: str, number: int) -> Group:
     return Group(f"{number}  Result", "orange", [[note, save, curve], [pictures]])
 
 
-def demo_base(graph: Graph, text: str, reward: str, **prompts: Any) -> Base:
-    """The demo model and its prompts."""
+def demo_base(graph: Graph, text: str, reward: str | MakeReward, **prompts: Any) -> Base:
+    """The demo model and its prompts; ``reward``: one of the menu, or what makes its nodes."""
     start = graph.note(text, 480, title="Start here")
     model = graph.add("DenseGRPOLoadDemoModel", size=(340, 0))
     train = graph.add("DenseGRPOTrainingPrompts", clip=model[1], size=(340, 0), **prompts)
     held_out = graph.add("DenseGRPOTrainingPrompts", HELD_OUT_TITLE, clip=model[1], file="demo:held_out", size=(340, 0))
-    rewarded = graph.add("DenseGRPORewardModel", reward=reward)
+    rewarded, parts = from_menu(reward)(graph) if isinstance(reward, str) else reward(graph)
     watched = graph.add("DenseGRPORewardModel", "Reward Model (only measured)", reward="shapes strict")
-    return Base(start, [[model, train, held_out]], model[0], model[2], train, held_out, rewarded, watched)
+    return Base(start, [[model, train, held_out]], model[0], model[2], train, held_out, rewarded, watched, parts)
+
+
+def from_menu(label: str) -> MakeReward:
+    """One Reward Model."""
+    return lambda graph: (graph.add("DenseGRPORewardModel", reward=label), ())
 
 
 def demo_values(method: Method, **update: Any) -> Values:
@@ -147,29 +168,40 @@ def title(method: Method, model: str) -> str:
     return f"# {method.title} on {model}\n\n{method.idea} (arXiv {method.paper})\n"
 
 
-def large_base(graph: Graph, text: str, loaders: Sequence[Node], parts: Sequence[Output]) -> Base:
+def large_base(
+    graph: Graph, text: str, loaders: Sequence[Node], parts: Sequence[Output], task: Task | None = None
+) -> Base:
     """A large model; ``parts`` are its MODEL, CLIP and VAE."""
-    start = graph.note(text + WHAT_TO_CHANGE, 680, 400, "Start here")
+    start = graph.note(text, 680, 400, "Start here")
     model, clip, vae = parts
-    train = graph.add("DenseGRPOTrainingPrompts", clip=clip, text=TRAINING_PROMPTS, size=(340, 320))
-    held_out = graph.add("DenseGRPOTrainingPrompts", HELD_OUT_TITLE, clip=clip, text=HELD_OUT_PROMPTS, size=(340, 250))
-    reward = graph.add("DenseGRPORewardModel", reward="colourfulness")
-    watched = graph.add("DenseGRPORewardModel", "Reward Model (only measured)", reward="jpeg compressible")
-    return Base(start, [loaders, [train, held_out]], model, vae, train, held_out, reward, watched)
+    task = task or Task({"text": TRAINING_PROMPTS}, {"text": HELD_OUT_PROMPTS}, from_menu("colourfulness"))
+    train = graph.add("DenseGRPOTrainingPrompts", clip=clip, **task.train, size=(340, 320))
+    held_out = graph.add("DenseGRPOTrainingPrompts", HELD_OUT_TITLE, clip=clip, **task.held_out, size=(340, 250))
+    reward, made_of = task.reward(graph)
+    watched = graph.add("DenseGRPORewardModel", "Reward Model (only measured)", reward=task.watched)
+    return Base(start, [loaders, [train, held_out]], model, vae, train, held_out, reward, watched, made_of)
 
 
-def on_sd35(graph: Graph, name: str, method: Method) -> None:
-    """A method on Stable Diffusion 3.5 Medium."""
-    own = method.sd35
+def sd35_base(graph: Graph, text: str, task: Task | None = None) -> Base:
+    """Stable Diffusion 3.5 Medium and its prompts."""
     checkpoint = graph.add("CheckpointLoaderSimple", ckpt_name="sd3.5_medium.safetensors", size=(320, 0))
     names = ("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors")
     encoders = {f"clip_name{i}": name for i, name in enumerate(names, start=1)}
     clip = graph.add("TripleCLIPLoader", **encoders, size=(320, 0))
-    text = f"{title(method, 'SD3.5 Medium')}\n{own.note}\n\n{SD35_FILES}"
-    base = large_base(graph, text, [checkpoint, clip], (checkpoint[0], clip[0], checkpoint[2]))
+    return large_base(graph, text, [checkpoint, clip], (checkpoint[0], clip[0], checkpoint[2]), task)
+
+
+def sd35_values(method: Method) -> Values:
+    """The values of a method for Stable Diffusion 3.5 Medium."""
+    own = method.sd35
     loop = {"width": 512, "height": 512, "cfg": 4.5, "sample_batch": 12, "train_batch": 4, "iterations": 300}
-    values = Values({"num_steps": 10, **own.sampler}, own.update, {**loop, **own.loop})
-    training(graph, base, method, values, name, name, look=False)
+    return Values({"num_steps": 10, **own.sampler}, own.update, {**loop, **own.loop})
+
+
+def on_sd35(graph: Graph, name: str, method: Method) -> None:
+    """A method on Stable Diffusion 3.5 Medium."""
+    text = f"{title(method, 'SD3.5 Medium')}\n{method.sd35.note}\n\n{SD35_FILES}{WHAT_TO_CHANGE}"
+    training(graph, sd35_base(graph, text), method, sd35_values(method), name, name, look=False)
 
 
 def on_flux(graph: Graph, name: str, method: Method) -> None:
@@ -179,7 +211,7 @@ def on_flux(graph: Graph, name: str, method: Method) -> None:
     names = {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors"}
     clip = graph.add("DualCLIPLoader", **names, type="flux", device="default", size=(320, 0))
     vae = graph.add("VAELoader", vae_name="ae.safetensors", size=(320, 0))
-    text = f"{title(method, 'FLUX.1-dev')}\n{own.note}\n\n{FLUX_FILES}"
+    text = f"{title(method, 'FLUX.1-dev')}\n{own.note}\n\n{FLUX_FILES}{WHAT_TO_CHANGE}"
     base = large_base(graph, text, [unet, clip, vae], (unet[0], clip[0], vae[0]))
     loop = {"width": 512, "height": 512, "cfg": 1.0, "guidance": 3.5, "sample_batch": 6, "train_batch": 1}
     values = Values(own.sampler, own.update, {**loop, "iterations": 300, **own.loop})

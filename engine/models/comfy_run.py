@@ -21,13 +21,13 @@ from ..config import RunConfig, check_name, make_config
 from ..curves import plot
 from ..data import Prompt
 from ..filmstrip import Filmstrip, look
-from ..lora import LoraSettings, LoraTensors, write_lora
+from ..lora import LoraSettings, LoraTensors, read_lora, write_lora
 from ..noise_table import check_table, describe, make_table, read_table
 from ..pictures import to_tensor
 from ..recipes import make_recipe
 from ..rewards import make_panel
 from ..run import Run
-from ..session import Progress, Session
+from ..session import BEST_LORA, Progress, Session
 from .comfy import training_session
 from .comfy_settings import ComfySettings
 from .comfy_training import gives_memory_back
@@ -69,8 +69,11 @@ def train_model(
     out: Path,
     resume: bool,
     follow: Callable[[Session, Progress], None],
+    best: bool = False,
 ) -> Trained:
     """Train a LoRA for ``model`` as ``config`` says, in ``out/<name>``; ``follow`` sees every progress.
+
+    ``best``: hand out the LoRA that was best on held-out rewards, if any was better than the untrained model.
 
     ``config`` lacks prompts and model: they come as objects of the host. Raises ValueError, SaveError, RewardError or
     OutOfMemoryError for what a user can mend, and whatever the host raises to cancel: all that was learnt is then
@@ -88,7 +91,7 @@ def train_model(
         session = Session(run, model=flow, resume=bool(checkpoints(run.folder / "checkpoints")))
         for progress in session.execute():
             follow(session, progress)
-        lora = session.trained()
+        lora = read_lora(run.folder / BEST_LORA) if best and (run.folder / BEST_LORA).exists() else session.trained()
         lora.metadata["densegrpo.base_model"] = type(model.model).__name__
     return Trained(with_lora(model, lora), lora, curve_of(run), samples_of(run), run)
 
@@ -142,12 +145,12 @@ def find_run(config: RunConfig, out: Path, resume: bool) -> Run:
             f"run {config.name!r} was started with other settings ({', '.join(changed)}); set them back, "
             "choose another run_name, or turn resume off"
         )
-    return run.with_iterations(config.training.iterations)
+    return run.continued(config.training.iterations, config.evaluation.stop_when_gamed)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Names of settings that differ and matter."""
-    harmless = {"iterations", "sample_batch", "train_batch"}
+    harmless = {"iterations", "sample_batch", "train_batch", "stop_when_gamed"}
     found = []
     for key, before in asdict(old).items():
         after = asdict(new)[key]

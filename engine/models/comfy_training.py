@@ -39,7 +39,9 @@ def gives_memory_back(run: Callable[P, T]) -> Callable[P, T]:
 
 def forget(problem: BaseException | None) -> None:
     """Drop the variables of the functions that ``problem`` ended: activations, above all when memory ran out."""
-    while problem is not None:
+    seen: set[int] = set()  # what was raised again may be its own cause
+    while problem is not None and id(problem) not in seen:
+        seen.add(id(problem))
         clear_frames(problem.__traceback__)
         problem = problem.__cause__ or problem.__context__
 

@@ -1,7 +1,7 @@
 """Rewards by name.
 
-To add one: write a module here with a frozen dataclass that satisfies ``Reward`` and name it in ``REWARDS``,
-or in ``MODEL_REWARDS`` when it needs files that do not come with this package.
+To add one: write a module here with a frozen dataclass that satisfies ``Reward`` and name it in ``REWARDS``, in
+``MODEL_REWARDS`` when it needs files that do not come with this package, or in ``OTHER_REWARDS``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,21 @@ REWARDS = {
 }
 MODEL_REWARDS = {
     "aesthetic": ".aesthetic:Aesthetic",
+    "aesthetic_siglip": ".aesthetic_siglip:AestheticSiglip",
     "clipscore": ".clipscore:ClipScore",
+    "geneval": ".geneval_reward:GenEval",
     "hpsv2": ".hpsv2:Hpsv2",
+    "imagereward": ".imagereward:ImageReward",
     "pickscore": ".pickscore:PickScore",
 }
 """Those that need model files and transformers; their method ``needs`` says which files."""
+OTHER_REWARDS = {
+    "human_vote": ".human_vote:HumanVote",
+    "ocr": ".ocr:Ocr",
+    "remote_http": ".remote.http_reward:RemoteHttp",
+    "vlm_judge": ".remote.judge:VlmJudge",
+}
+"""Those that need a package of their own, a server, or people."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "brightness": {"name": "brightness"},
     "darkness": {"name": "brightness", "target": 0.0},
@@ -36,6 +46,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shapes dense": {"name": "shapes", "score": "dense"},
     "shapes partial": {"name": "shapes", "score": "partial"},
     "shapes strict": {"name": "shapes", "score": "strict"},
+    "pickscore": {"name": "pickscore"},
+    "hpsv2": {"name": "hpsv2"},
+    "clipscore": {"name": "clipscore"},
+    "aesthetic": {"name": "aesthetic"},
+    "aesthetic v2.5": {"name": "aesthetic_siglip"},
+    "imagereward": {"name": "imagereward"},
+    "geneval partial": {"name": "geneval", "score": "partial"},
+    "geneval strict": {"name": "geneval", "score": "strict"},
+    "ocr": {"name": "ocr"},
 }
 """What a menu offers: label -> configuration of the reward."""
 COMMON = {
@@ -49,7 +68,7 @@ COMMON = {
 
 def reward_class(name: str) -> type[Any]:
     """Import the reward's module only now, so that optional libraries stay optional."""
-    known = dict(sorted(REWARDS.items()) + sorted(MODEL_REWARDS.items()))
+    known = REWARDS | MODEL_REWARDS | OTHER_REWARDS
     if name not in known:
         raise ValueError(f"unknown reward {name!r}{suggest(name, known)}; known: {', '.join(known)}")
     module, _, attribute = known[name].partition(":")

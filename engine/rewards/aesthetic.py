@@ -21,7 +21,7 @@ FOLDER = "aesthetic"
 
 
 class Head(NamedTuple):
-    """What a version puts on CLIP-L/14's image features; there is no activation between the layers."""
+    """What is put on a model's image features; there is no activation between the layers."""
 
     need: Need
     layers: tuple[str, ...]
@@ -83,7 +83,7 @@ class Aesthetic:
         """Score every image. Raises ValueError when the model cannot be loaded."""
         clip_folder, head_folder = locate(self.needs())
         clip = load_clip(clip_folder, self.precision, self.placement)
-        head = load_head(head_folder, self.version, clip.model.config.projection_dim)
+        head = load_head(head_folder, HEADS[self.version], clip.model.config.projection_dim)
         return score_batch(clip, batch, self.batch_size, lambda i, _: apply(head, clip.image_features(i, crop)))
 
     def validate(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -91,7 +91,7 @@ class Aesthetic:
         try:
             require_transformers()
             clip_folder, head_folder = locate(self.needs())
-            load_head(head_folder, self.version, read_config(check_folder(clip_folder)).projection_dim)
+            load_head(head_folder, HEADS[self.version], read_config(check_folder(clip_folder)).projection_dim)
         except ValueError as problem:
             return [str(problem)]
         return []
@@ -99,16 +99,25 @@ class Aesthetic:
 
 @cache
 @torch.inference_mode(False)
-def load_head(folder: Path, version: str, num_features: int) -> tuple[tuple[Tensor, Tensor], ...]:
+def load_head(folder: Path, head: Head, num_features: int) -> tuple[tuple[Tensor, Tensor], ...]:
     """(weight [out, in], bias [out]) of each layer. Raises ValueError when the file does not hold them."""
-    head = HEADS[version]
     path = folder / head.need.files[0][0]
-    weights, expected, width = read_weights(path), {}, num_features
-    for layer, out in zip(head.layers, head.widths, strict=True):
+    return linear_layers(read_weights(path), path, head.layers, head.widths, num_features)
+
+
+def linear_layers(
+    weights: Mapping[str, Tensor], path: Path, layers: Sequence[str], widths: Sequence[int], num_features: int
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """(weight [out, in], bias [out]), float32, of layers by the prefixes of their names and their outputs.
+
+    Raises ValueError when ``weights``, read from ``path``, lack them.
+    """
+    expected, width = {}, num_features
+    for layer, out in zip(layers, widths, strict=True):
         expected |= {f"{layer}weight": torch.empty(out, width), f"{layer}bias": torch.empty(out)}
         width = out
     check_tensors(path, weights, expected)
-    return tuple((weights[f"{layer}weight"].float(), weights[f"{layer}bias"].float()) for layer in head.layers)
+    return tuple((weights[f"{layer}weight"].float(), weights[f"{layer}bias"].float()) for layer in layers)
 
 
 def apply(head: Sequence[tuple[Tensor, Tensor]], features: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,15 +43,13 @@ log = logging.getLogger("densegrpo.rewards")
 def crop(images: Tensor, size: int) -> Tensor:
     """Shortest edge to ``size``, centre crop, normalised: as transformers' CLIPImageProcessor, to one grey level.
 
-    PIL resizes 8-bit images along the width first and rounds and clips after each direction; so does this, on any
-    device. Raises ValueError for anything but float [B, 3, H, W].
+    Raises ValueError for anything but float [B, 3, H, W].
     """
     pixels = eight_bit(images)
     height, width = pixels.shape[-2:]
     shortest = min(height, width)
     rows, columns = int(size * height / shortest), int(size * width / shortest)
-    for shape in ((height, columns), (rows, columns)):
-        pixels = resized(pixels, shape).round().clamp(0, 255)
+    pixels = resized_as_pillow(pixels, rows, columns)
     top, left = (rows - size) // 2, (columns - size) // 2
     return normalised(pixels[..., top : top + size, left : left + size] / 255)
 
@@ -81,16 +79,33 @@ def eight_bit(images: Tensor) -> Tensor:
     return (images.float().clamp(0, 1) * 255).round()
 
 
-def resized(pixels: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Antialiased bicubic resize."""
+def resized(pixels: Tensor, shape: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """Antialiased resize."""
     if pixels.shape[-2:] == shape:
         return pixels
-    return interpolate(pixels, shape, mode="bicubic", antialias=True, align_corners=False)
+    return interpolate(pixels, shape, mode=mode, antialias=True, align_corners=False)
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """Zero mean and unit deviation over OpenAI's training images."""
-    return (pixels - pixels.new_tensor(MEAN).view(3, 1, 1)) / pixels.new_tensor(STD).view(3, 1, 1)
+def resized_as_pillow(pixels: Tensor, rows: int, columns: int, mode: str = "bicubic") -> Tensor:
+    """Antialiased resize of whole numbers in 0..255 to such numbers, on any device.
+
+    Pillow resizes 8-bit images along the width first and rounds and clips after each direction; so does this.
+    """
+    for shape in ((pixels.shape[-2], columns), (rows, columns)):
+        pixels = resized(pixels, shape, mode).round().clamp(0, 255)
+    return pixels
+
+
+def normalised(pixels: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """Zero mean and unit deviation over the training images, OpenAI's unless told otherwise."""
+    return (pixels - pixels.new_tensor(mean).view(3, 1, 1)) / pixels.new_tensor(std).view(3, 1, 1)
+
+
+class Loaded(Protocol):
+    """A model in memory."""
+
+    model: Any
+    placement: str
 
 
 @dataclass(eq=False)
@@ -144,27 +159,36 @@ def unit(found: Any) -> Tensor:
 
 
 def score_batch(
-    clip: Clip, batch: RewardBatch, batch_size: int, score: Callable[[Tensor, Sequence[str]], Tensor]
+    loaded: Loaded, batch: RewardBatch, batch_size: int, score: Callable[[Tensor, Sequence[str]], Tensor]
 ) -> RewardResult:
     """Score the images in parts; one with pixels that are no numbers gets NaN with a reason.
 
     ``score``: (images [B, 3, H, W], prompts [B]) -> [B].
     """
-    good = batch.images.flatten(1).isfinite().all(1).cpu()
-    scores = torch.full((len(good),), torch.nan)
-    with placed(clip.model, batch.images.device, clip.placement):
-        for rows in good.nonzero().flatten().split(batch_size):
+    errors = broken(batch.images)
+    scores = torch.full((len(batch.prompts),), torch.nan)
+    good = torch.tensor([i for i in range(len(scores)) if i not in errors], dtype=torch.long)
+    with placed(loaded.model, batch.images.device, loaded.placement):
+        for rows in good.split(batch_size):
             if len(rows):
                 prompts = [batch.prompts[int(i)] for i in rows]
                 scores[rows] = score(batch.images[rows.to(batch.images.device)], prompts)
-    errors = {i: "the image has pixels that are not numbers" for i in (~good).nonzero().flatten().tolist()}
     return RewardResult(scores, {}, errors)
 
 
-def problems_of(check: Callable[[], Path], prompts: Sequence[str]) -> list[str]:
+def broken(images: Tensor) -> dict[int, str]:
+    """Index of each image that no model can see -> reason."""
+    bad = ~images.flatten(1).isfinite().all(1)
+    return dict.fromkeys(bad.nonzero().flatten().tolist(), "the image has pixels that are not numbers")
+
+
+def problems_of(
+    check: Callable[[], Path], prompts: Sequence[str], read: Callable[[Path], Any] | None = None, length: int = 77
+) -> list[str]:
     """What keeps a reward from comparing images with these prompts; also logs prompts that are too long.
 
-    ``check``: raises ValueError when the files are no good, returns the folder of the tokenizer.
+    ``check``: raises ValueError when the files are no good, returns the folder of the tokenizer, which ``read`` reads;
+    CLIP's by default. ``length``: tokens the model sees.
     """
     try:
         require_transformers()
@@ -172,17 +196,17 @@ def problems_of(check: Callable[[], Path], prompts: Sequence[str]) -> list[str]:
     except ValueError as problem:
         return [str(problem)]
     if prompts:
-        warn_of_long(prompts, tokenizer_folder)
+        warn_of_long(prompts, (read or read_tokenizer)(tokenizer_folder), length)
     return [f"prompt {i} is empty; it compares an image with a text" for i, p in enumerate(prompts, 1) if not p.strip()]
 
 
-def warn_of_long(prompts: Sequence[str], tokenizer_folder: Path, length: int = 77) -> None:
-    """Log how many prompts CLIP sees only the beginning of."""
-    encoded = read_tokenizer(tokenizer_folder)(list(prompts), truncation=False)["input_ids"]
+def warn_of_long(prompts: Sequence[str], tokenizer: Any, length: int) -> None:
+    """Log how many prompts the model sees only the beginning of."""
+    encoded = tokenizer(list(prompts), truncation=False)["input_ids"]
     long = [prompt for prompt, ids in zip(prompts, encoded, strict=True) if len(ids) > length]
     if long:
         log.warning(
-            "%d of %d prompts have more than %d tokens; CLIP sees only their beginning. The first: %.60s...",
+            "%d of %d prompts have more than %d tokens; the model sees only their beginning. The first: %.60s...",
             *(len(long), len(prompts), length, long[0]),
         )
 
@@ -249,7 +273,8 @@ def build(
     check_clip(config, weights, path)
     tokenizer = read_tokenizer(tokenizer_folder)
     check_end(config, tokenizer, tokenizer_folder)
-    model: Any = CLIPModel.from_pretrained(None, config=config, state_dict=weights)
+    with torch.random.fork_rng(devices=[]):  # transformers 4 draws weights before it reads them
+        model: Any = CLIPModel.from_pretrained(None, config=config, state_dict=weights)
     return Clip(model.to(getattr(torch, precision)).eval().requires_grad_(False), tokenizer, placement)
 
 

@@ -55,7 +55,7 @@ def roots() -> list[Path]:
     """The folders that are searched, best first."""
     named = [part for part in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if part.strip()]
     hosts = [path for source in ROOT_SOURCES for path in source()]
-    return [Path(path).expanduser().absolute() for path in (*named, *hosts, DEFAULT_ROOT)]
+    return list(dict.fromkeys(Path(path).expanduser().absolute() for path in (*named, *hosts, DEFAULT_ROOT)))
 
 
 def resolve(name: str) -> Path | None:
@@ -115,10 +115,14 @@ def choose(folder: Path, names: Iterable[str]) -> Path | None:
 def advice(need: Need, folder: Path | None) -> str:
     """What to do about missing files."""
     if not need.repository:
-        have = sorted({entry.name for root in roots() if root.is_dir() for entry in root.iterdir() if entry.is_dir()})
-        return f"needed are {files_of(need)}; the folders there are: {', '.join(have) or 'none'}"
+        return f"needed are {files_of(need)}; the folders there are: {', '.join(folders()) or 'none'}"
     target = folder or roots()[0] / need.folder
     return f"needed are {described(need)}. Get them with:  {need.command.format(folder=quoted(target))}"
+
+
+def folders() -> list[str]:
+    """The names of all folders in the roots."""
+    return sorted({entry.name for root in roots() if root.is_dir() for entry in root.iterdir() if entry.is_dir()})
 
 
 def described(need: Need) -> str:

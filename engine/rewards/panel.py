@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data import Prompt, ViewRules
 from ..protocols import Reward, RewardBatch, RewardResult
 from ..waiting import Interrupted, Worker, result_of
+from .remote.parallel import stop_all
 
 MODES = ("each", "gdpo", "sum")
 """How several rewards become one advantage.
@@ -90,8 +91,11 @@ class Panel:
         scoring = Scoring(self)
         try:
             yield scoring
-        except Interrupted as stop:
-            raise stop.reason from None
+        except BaseException as stop:
+            stop_all()
+            if isinstance(stop, Interrupted):
+                raise stop.reason from None
+            raise
         finally:
             scoring.close()
 
@@ -116,10 +120,16 @@ class Panel:
         found = [
             (member.label, problem) for member in self.members for problem in member.reward.validate(texts, metadata)
         ]
-        problems = [f"reward {label}: {problem}" for label, problem in found]
-        if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise ValueError("; ".join(problems[:3]) + more)
+        if found:
+            problems = [f"reward {label}: {located(problem, prompts)}" for label, problem in found[:3]]
+            more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+            raise ValueError("; ".join(problems) + more)
+
+
+def located(problem: str, prompts: Sequence[Prompt]) -> str:
+    """The problem, with file and line of the prompt whose text it begins with: ``prompt 'a cat': ...``."""
+    places = [p.place for p in prompts if p.place and problem.startswith(f"prompt {p.text!r}:")]
+    return f"{' or '.join(dict.fromkeys(places))}: {problem}" if places else problem
 
 
 class Scoring:

@@ -13,8 +13,8 @@ Placement = Annotated[
     str,
     Choice(("swap", "resident", "cpu"), "swap: on the GPU only while scoring; resident: stays there; cpu: never"),
 ]
-Manager = Callable[[nn.Module, torch.device, str], AbstractContextManager[None]]
-"""(model, where it shall compute, placement) -> a context in which it is there."""
+Manager = Callable[[nn.Module, str], AbstractContextManager[torch.device]]
+"""(model, placement) -> a context in which it is where it shall compute; it yields that device."""
 MANAGERS: list[Manager] = []
 """A host that manages the memory of its accelerator appends its own way; the last one is used."""
 
@@ -22,17 +22,23 @@ MANAGERS: list[Manager] = []
 @contextmanager
 def placed(model: nn.Module, near: torch.device, placement: str) -> Iterator[torch.device]:
     """Have the weights where they compute for a while; ``near``: where the images are. Yields that device."""
-    device = computing_device(near, placement)
-    if MANAGERS and device.type != "cpu":
-        with MANAGERS[-1](model, device, placement):
+    if MANAGERS and placement != "cpu":
+        with MANAGERS[-1](model, placement) as device:
             yield device
         return
-    model.to(device)
+    device = computing_device(near, placement)
+    move(model, device)
     try:
         yield device
     finally:
         if placement == "swap":
-            model.to("cpu")
+            move(model, torch.device("cpu"))
+
+
+@torch.inference_mode(False)
+def move(model: nn.Module, device: torch.device) -> None:
+    """To ``device``. Weights moved in inference mode, where hosts run nodes, could not be moved outside of it."""
+    model.to(device)
 
 
 def computing_device(near: torch.device, placement: str) -> torch.device:

@@ -1,0 +1,1 @@
+"""Rewards that another program computes: a vision-language judge, or a JSON reward server."""
