@@ -16,7 +16,7 @@ from .checkpoint import SaveError, write_text
 from .compare_plan import Comparison, Job
 from .compare_statistics import AXES, Curve, Estimate, band, differences, equal_cost, estimate, holm, verdict
 from .report import STYLE, picture
-from .rewards import member
+from .rewards import members
 from .run import HELD_OUT
 
 LEVEL_SHARE = 0.75
@@ -149,8 +149,8 @@ def make_task(comparison: Comparison, name: str, jobs: Sequence[Job]) -> Task:
 def measures_of(job: Job) -> dict[str, str]:
     """Column -> title."""
     config = job.run.config
-    trained = " + ".join(member(entry)[0] for entry in config.rewards)
-    labels = [member(entry, HELD_OUT)[0] for entry in config.held_out_rewards]
+    trained = " + ".join(one.label for one in members(config.rewards))
+    labels = [one.label for one in members(config.held_out_rewards, HELD_OUT)]
     return {"reward": f"{trained} (trained)"} | {x: f"{x.removeprefix(HELD_OUT)} (not trained)" for x in labels}
 
 

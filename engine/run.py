@@ -12,7 +12,7 @@ from .config import RunConfig, make_config
 from .data import Prompt
 from .evaluate import Evaluation
 from .prompts import dump, load_prompts
-from .rewards import Panel, make_panel, member
+from .rewards import Panel, make_panel, members
 
 HELD_OUT = "held-out/"
 """Prefix of rewards that are only evaluated."""
@@ -91,15 +91,14 @@ def training_panel(config: RunConfig) -> Panel:
 
 def evaluation_panel(config: RunConfig) -> Panel | None:
     """The rewards that evaluations score: the trained ones and the held-out ones, without those people give."""
-    members = [member(entry) for entry in config.rewards]
-    members += [member(entry, HELD_OUT) for entry in config.held_out_rewards]
-    automatic = [one for one in members if not getattr(one.reward, "interactive", False)]
+    every = [*members(config.rewards), *members(config.held_out_rewards, HELD_OUT)]
+    automatic = [one for one in every if not getattr(one.reward, "interactive", False)]
     return Panel(automatic) if automatic else None
 
 
 def trained_score(evaluation: Evaluation, config: RunConfig) -> float:
     """The weighted sum of the trained rewards of an evaluation; NaN when none of them is evaluated."""
-    known = [one for one in map(member, config.rewards) if one.label in evaluation.means]
+    known = [one for one in members(config.rewards) if one.label in evaluation.means]
     return sum(one.weight * evaluation.means[one.label] for one in known) if known else math.nan
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .knobs import Option
 from .protocols import Reward, RewardBatch
-from .rewards import MODEL_REWARDS, OTHER_REWARDS, REWARDS, VARIANTS, Panel, ask, member, reward_class, reward_options
+from .rewards import MODEL_REWARDS, OTHER_REWARDS, REWARDS, VARIANTS, ask, make_panel, reward_class, reward_options
 from .rewards.files import ROOTS_VARIABLE, described, listed, missing, roots
 
 PART = 32
@@ -104,7 +104,7 @@ def score_files(files: Sequence[Path], prompts: Sequence[str], entries: Sequence
     if len(prompts) not in (1, len(files)):
         raise ValueError(f"{len(files)} images need one --prompt, or {len(files)} of them; got {len(prompts)}")
     texts = list(prompts) * (len(files) if len(prompts) == 1 else 1)
-    panel = Panel([member(entry) for entry in entries])
+    panel = make_panel(entries)
     members = [(one.label, one.reward) for one in panel.members]
     panel.validate([Prompt(text, {}) for text in dict.fromkeys(texts)])
     scores: dict[str, Tensor] = {label: torch.full((len(files),), torch.nan) for label, _ in members}

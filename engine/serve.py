@@ -22,7 +22,7 @@ from torch import Tensor
 from .knobs import check
 from .pictures import to_tensor
 from .protocols import Reward, RewardBatch, RewardResult
-from .rewards import COMMON, Member, Panel, ask, member
+from .rewards import COMMON, Member, Panel, ask, members
 from .rewards.panel import unscored
 from .rewards.remote.address import is_loopback
 
@@ -138,13 +138,13 @@ def make_server(entries: Sequence[Mapping[str, Any]], host: str, port: int) -> R
     wrong = [name for entry in entries for name in entry if name in COMMON and name != "weight"]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} belongs to the run that trains, set it there; a server only weighs")
-    members = [member({**entry, "weight": weight_of(entry)}) for entry in entries]
-    distant = [one.label for one in members if not local(one.reward)]
+    served = members([{**entry, "weight": weight_of(entry)} for entry in entries])
+    distant = [one.label for one in served if not local(one.reward)]
     if distant:
         raise ValueError(f"{', '.join(distant)} cannot be served: serve a reward that is computed on this machine")
-    Panel(members).validate([])
+    Panel(served).validate([])
     try:
-        return RewardServer((host, port), members)
+        return RewardServer((host, port), served)
     except (OSError, OverflowError) as problem:
         raise ValueError(f"cannot listen on {host} port {port} ({problem}); choose another --port") from None
 

@@ -22,7 +22,7 @@ from .models import load_model
 from .pictures import grid
 from .protocols import FlowModel
 from .recipes import make_recipe
-from .rewards import member
+from .rewards import members
 from .run import HELD_OUT, Run, evaluation_panel, evaluation_row, finite, training_panel
 from .train import Iteration, train
 
@@ -45,8 +45,8 @@ class Progress:
 
 def make_guard(config: RunConfig) -> Guard:
     """Compares the trained and the held-out rewards of evaluations."""
-    trained = {one.label: one.weight for one in map(member, config.rewards)}
-    held_out = {one.label: one.weight for one in (member(entry, HELD_OUT) for entry in config.held_out_rewards)}
+    trained = {one.label: one.weight for one in members(config.rewards)}
+    held_out = {one.label: one.weight for one in members(config.held_out_rewards, HELD_OUT)}
     return Guard(trained, held_out, config.evaluation.alarm_after)
 
 

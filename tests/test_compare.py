@@ -96,7 +96,7 @@ def test_prompts_that_do_not_suit_a_reward_are_refused_before_anything_starts(ke
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(changed(tasks={"shapes": {"rewards": [{"name": "shapes"}], key: ["a dog"]}})))
     assert cli.main(["compare", str(plan), "--out", str(tmp_path / "out")]) == 2
-    assert "task 'shapes', method 'Flow-GRPO': reward shapes: prompt 'a dog'" in capsys.readouterr().err
+    assert "task 'shapes', method 'Flow-GRPO': reward shapes dense: prompt 'a dog'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -11,7 +11,7 @@ import torch
 from densegrpo.engine import waiting
 from densegrpo.engine.data import Prompt
 from densegrpo.engine.protocols import RewardResult
-from densegrpo.engine.rewards import Member, Panel, make_panel, make_reward
+from densegrpo.engine.rewards import Member, Panel, make_panel, make_reward, members
 
 PROMPTS = [Prompt("a", {"n": 1}), Prompt("b", {"n": 2}), Prompt("c", {"n": 3})]
 
@@ -224,3 +224,25 @@ def test_a_session_is_open_while_a_run_is_trained(tmp_path):
     with Panel([("you", Lasting(), 1.0), ("bright", make_reward("brightness"), 1.0)]).session(tmp_path):
         assert events == [("open", tmp_path)]
     assert events[-1] == "closed"
+
+
+@pytest.mark.parametrize(
+    ("entry", "label"),
+    [
+        ({"name": "brightness"}, "brightness"),
+        ({"name": "brightness", "target": 0.0}, "darkness"),
+        ({"name": "brightness", "target": 0.3}, "brightness 0.3"),
+        ({"name": "shapes", "score": "strict", "weight": 2.0, "rank": True}, "shapes strict"),
+        ({"name": "clipscore", "placement": "cpu", "batch_size": 3}, "clipscore"),
+        ({"name": "pickscore", "model": "mine"}, "pickscore mine"),
+        ({"name": "human_vote", "timeout": 5, "port": 0}, "human_vote"),
+        ({"name": "remote_http", "url": "http://127.0.0.1:1", "timeout": 5.0}, "remote_http http://127.0.0.1:1"),
+    ],
+)
+def test_a_label_says_what_a_reward_is_and_not_how_it_is_computed(entry, label):
+    assert [member.label for member in members([entry])] == [label]
+
+
+def test_equal_rewards_have_labels_of_their_own():
+    labels = [member.label for member in members([{"name": "brightness"}] * 3, "held-out/")]
+    assert labels == ["held-out/brightness", "held-out/brightness (2)", "held-out/brightness (3)"]

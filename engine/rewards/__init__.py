@@ -64,6 +64,11 @@ COMMON = {
     "rank": Option(bool, flag("train on the rank within the group instead of the score"), False),
 }
 """What every reward of a run can have beside its own options."""
+COMPUTING = (
+    *("placement", "precision", "batch_size", "threads", "workers"),
+    *("api_key_variable", "timeout", "retries", "backoff", "port", "min_voters"),
+)
+"""Options that say how a reward is computed, not what it is."""
 
 
 def reward_class(name: str) -> type[Any]:
@@ -88,13 +93,34 @@ def make_reward(name: str, **options: Any) -> Reward:
 
 def make_panel(entries: Sequence[Mapping[str, Any]], mode: str = "each") -> Panel:
     """A panel of configured rewards: ``{"name": ..., "weight": 1.0, **options}`` each."""
-    return Panel([member(entry) for entry in entries], mode)
+    return Panel(members(entries), mode)
 
 
-def member(entry: Mapping[str, Any], prefix: str = "") -> Member:
-    """One reward of a panel; its label tells equal rewards with other options apart."""
-    options = {key: value for key, value in entry.items() if key not in ("name", *COMMON)}
-    plain = " ".join([entry["name"], *(str(value) for value in options.values())])
-    label = prefix + next((k for k, v in VARIANTS.items() if v == {"name": entry["name"], **options}), plain)
-    common = {key: entry[key] for key in COMMON if key in entry}
-    return Member(label, make_reward(entry["name"], **options), **common)
+def members(entries: Sequence[Mapping[str, Any]], prefix: str = "") -> list[Member]:
+    """The rewards of a panel; no two have the same label, which is ``prefix`` and what tells them apart."""
+    found: list[Member] = []
+    for entry in entries:
+        options = {key: value for key, value in entry.items() if key not in ("name", *COMMON)}
+        reward = make_reward(entry["name"], **options)
+        label, taken = prefix + label_of(entry["name"], options), {one.label for one in found}
+        numbered = (f"{label} ({n})" for n in range(2, len(entries) + 1))
+        label = next(name for name in (label, *numbered) if name not in taken)
+        common = {key: entry[key] for key in COMMON if key in entry}
+        found.append(Member(label, reward, **common))
+    return found
+
+
+def label_of(name: str, options: Mapping[str, Any]) -> str:
+    """As the menu calls it, or the name and what differs from its defaults; how it is computed does not matter."""
+    meaning = meaning_of(name, options)
+    for label, variant in VARIANTS.items():
+        if variant["name"] == name and meaning == meaning_of(name, {k: v for k, v in variant.items() if k != "name"}):
+            return label
+    defaults = meaning_of(name, {})
+    return " ".join([name, *(str(value) for key, value in meaning.items() if value != defaults[key])])
+
+
+def meaning_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that decide what is scored, with their defaults."""
+    known = {key: option.default for key, option in reward_options(name).items()}
+    return {key: value for key, value in {**known, **options}.items() if key not in COMPUTING}
