@@ -95,12 +95,19 @@ def ranked(rewards: StepRewards, group: Tensor) -> StepRewards:
     """
     if not any(rewards.rules.rank):
         return rewards
-    values = rewards.values.clone()
+    values, least = rewards.values.clone(), rewards.rules.min_std
     for g in group.unique():
         chains = group == g
         for v in torch.tensor(rewards.rules.rank).nonzero().flatten().tolist():
-            values[v, chains] = win_rate(rewards.values[v, chains])
+            own = rewards.values[v, chains]
+            values[v, chains] = win_rate(own if v >= len(least) else levelled(own, least[v]))
     return replace(rewards, values=values)
+
+
+def levelled(values: Tensor, least: float) -> Tensor:
+    """[B, K] with columns whose known values differ less than ``least`` made equal: a rank would hide how little."""
+    spread = (values - values.nanmean(0)).square().nanmean(0).sqrt()
+    return values.where(~(spread < least), values.new_zeros(()).where(values.isfinite(), torch.nan))
 
 
 def win_rate(values: Tensor) -> Tensor:

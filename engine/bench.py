@@ -1,7 +1,8 @@
 """Measurements on this machine: ``make bench``, or ``python -m densegrpo.engine.bench``.
 
 On a CPU the shipped demo model is measured; on a CUDA device also random-weight SD3.5-medium and FLUX.1 shapes in
-bfloat16 (no download). Counts are exact; times are the best of several runs, one thread.
+bfloat16 (no download). Rewards are measured in ``bench_rewards.py``. Counts are exact; times are the best of several
+runs, one thread.
 """
 
 import argparse
@@ -202,20 +203,31 @@ def bench_shape(title: str, shape: Shape, device: torch.device, dtype: torch.dty
     train_table(model, None, prompts, panel, settings)
 
 
-def main() -> None:
-    """Everything this machine can run."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    torch.set_num_threads(1)
-    say(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread")
-    bench_demo()
+def bench_shapes() -> None:
+    """SD3.5-medium and FLUX.1 with random weights, where there is a GPU."""
     if not torch.cuda.is_available():
         say("\nno GPU here: the SD3.5-medium and FLUX.1 shapes are measured on one")
         return
-    say(f"\n{torch.cuda.get_device_name()}")
     for title, shape in SHAPES.items():
         settings = TrainSettings(iterations=3, groups=1, num_steps=10, sample_batch=24, train_batch=8)
         bench_shape(title, shape, torch.device("cuda"), torch.bfloat16, settings)
         torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Everything this machine can run, or a part of it."""
+    from .bench_rewards import bench_rewards  # which imports this module
+
+    parts = {"demo": bench_demo, "shapes": bench_shapes, "rewards": bench_rewards}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=parts, help="measure this part; without it all of them")
+    only = parser.parse_args().only
+    torch.set_num_threads(1)
+    accelerator = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    say(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread{accelerator}")
+    for name, part in parts.items():
+        if only in (None, name):
+            part()
 
 
 if __name__ == "__main__":

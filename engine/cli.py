@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     demo = add("demo", demo_command, "train the shipped demo model: no download, a few minutes on a CPU")
     resume = add("resume", resume_command, "continue a run where its newest checkpoint stands")
     resume.add_argument("run", type=Path, help="the run's folder, e.g. runs/demo")
+    resume.add_argument("--ignore-alarms", action="store_true", help="do not stop at the guard's alarm any more")
     report = add("report", report_command, "draw report.html of a run again")
     report.add_argument("run", type=Path, help="the run's folder, e.g. runs/demo")
     recipes = add("recipes", recipes_command, "list methods, rewards and models with their options and defaults")
@@ -107,6 +108,8 @@ def resume_command(options: argparse.Namespace) -> int:
     if options.iterations is not None:
         with_iterations(run.config, options.iterations)
         run = run.continued(options.iterations)
+    if options.ignore_alarms:
+        run = run.adopt(replace(run.config, evaluation=replace(run.config.evaluation, stop_when_gamed=False)))
     with shared_world() as world:
         return watch(run, world, resume=True)
 
@@ -274,10 +277,11 @@ def with_iterations(config: RunConfig, iterations: int | None) -> RunConfig:
 def start(config: RunConfig, out: Path, base: Path) -> int:
     """Create a run and train it; with several processes the first creates it."""
     from .distributed import shared_world
-    from .run import Run
+    from .run import Run, check_processes
     from .watch import watch
 
     with shared_world() as world:
+        check_processes(config, world)
         if world.rank == 0:
             Run.create(config, out, base)
         world.wait()

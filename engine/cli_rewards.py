@@ -63,6 +63,8 @@ def prompts_command(options: argparse.Namespace) -> int:
 
     if options.out and options.out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl, got {options.out}")
+    if options.out and not options.out.resolve().parent.is_dir():
+        raise ValueError(f"there is no folder {options.out.resolve().parent} for --out; make it first")
     made = make_file(options.kind, options.count, options.seed, options.tags, options.without)
     if options.out:
         write_text(options.out, made.text)

@@ -15,7 +15,7 @@ from .models import model_options
 from .noise_table import check_table, read_table
 from .profiles import merged, profile
 from .recipes import make_recipe, recipe_options
-from .rewards import COMMON, MODES, reward_options
+from .rewards import COMMON, MODES, reward_class, reward_options
 from .train import TrainSettings
 
 
@@ -173,6 +173,12 @@ def checked_rewards(data: Mapping[str, Any]) -> dict[str, tuple[Named, ...]]:
         values[key] = tuple(check_reward(key, entry) for entry in data.get(key, []))
     if not values["rewards"]:
         raise ValueError('rewards must name at least one reward, e.g. [{"name": "brightness"}]')
+    for entry in values["rewards"]:
+        if entry.get("weight") == 0:
+            raise ValueError(f"rewards: {entry['name']} has weight 0; remove it, or put it into held_out_rewards")
+    for entry in values["held_out_rewards"]:
+        if getattr(reward_class(entry["name"]), "interactive", False):
+            raise ValueError(f"held_out_rewards: {entry['name']} asks people, who are not asked in evaluations")
     mode = data.get("reward_mode", "each")
     check("configuration", {"reward_mode": REWARD_MODE}, {"reward_mode": mode})
     for entry in values["rewards"] if mode == "sum" else ():

@@ -60,8 +60,8 @@ class Accelerated:
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
 
     def sum(self, values: Tensor) -> Tensor:
-        """All-reduce."""
-        return self.accelerator.reduce(values, "sum")
+        """All-reduce, on the device that the processes share; NCCL knows no other."""
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").to(values.device)
 
     def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
         """All-gather of unequal parts: pad to the longest, gather, cut."""

@@ -1,6 +1,6 @@
 """Held-out evaluation: ODE samples from fixed noise, the same for every method and iteration."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ class Evaluation(NamedTuple):
     num_images: int
     statistics: dict[str, float]
     """Mean statistics of all images, see ``image_statistics.py``: they drift when a reward is gamed."""
+    errors: Sequence[str] = ()
+    """Why images of this process have no score."""
 
 
 @torch.no_grad()
@@ -68,12 +70,23 @@ def evaluate(
                 scoring.add(images, [prompts[p] for p, _ in part], numbers[-1])
             facts.append(image_statistics(images))
             kept += [image for image, (p, i) in zip(images, part, strict=True) if i == 0 and p in shown]
-        by_reward = scoring.collect().by_reward if scoring else {}
+        scored = scoring.collect() if scoring else None
+    by_reward = scored.by_reward if scored else {}
     order = world.gather(torch.cat(numbers)).argsort(stable=True)
-    scores = {name: world.gather(values.float())[order] for name, values in by_reward.items()}
+    nothing = torch.full((len(work),), torch.nan)
+    # A reward that failed here has no sub-scores; all processes must gather the same names, or they wait forever.
+    scores = {name: world.gather(by_reward.get(name, nothing).float())[order] for name in all_names(world, by_reward)}
     statistics = {name: world.gather(torch.cat([f[name] for f in facts])).nanmean().item() for name in facts[0]}
     means = {name: values.nanmean().item() for name, values in scores.items()}
-    return Evaluation(means, scores, torch.stack(kept), shown, len(order), statistics)
+    errors = scored.errors if scored else ()
+    return Evaluation(means, scores, torch.stack(kept), shown, len(order), statistics, errors)
+
+
+def all_names(world: World, names: Iterable[str]) -> list[str]:
+    """The names that any process has, in the same order on all of them."""
+    letters = "".join(f"{name}\n" for name in names).encode()
+    gathered = world.gather(torch.tensor(list(letters), dtype=torch.uint8))
+    return list(dict.fromkeys(bytes(gathered.tolist()).decode().splitlines()))
 
 
 @torch.no_grad()

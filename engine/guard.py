@@ -22,6 +22,9 @@ The best of all evaluations so far is what a fall is measured from, and the best
 in a row, 20 evaluations of a reward that only fluctuates give an alarm in 2 % of simulated runs; with 2, in 30 %.
 """
 
+FEWEST = 8
+"""Images in both evaluations that a comparison needs: the spread of fewer says little."""
+
 
 class Snapshot(NamedTuple):
     """One evaluation."""
@@ -57,45 +60,69 @@ class Guard:
         needed = min(self.in_a_row, len(self.history) - 1) if last else self.in_a_row
         if not 0 < needed < len(self.history):
             return []
-        found = (self.fall(label, needed) for label in self.held_out if label in known)
+        found = (self.fall(label, needed) for label in self.held_out)
         return [alarm for alarm in found if alarm]
 
     def fall(self, label: str, needed: int) -> str | None:
         """What to say when the last ``needed`` evaluations are worse than the best before them and train higher."""
         sign = -1.0 if self.held_out[label] < 0 else 1.0
-        before, after = self.history[:-needed], self.history[-needed:]
+        after = self.history[-needed:]
+        before = [old for old in self.history[:-needed] if all(comparable(old, now, label) for now in after)]
+        if not before:
+            return None
         best = max(before, key=lambda snapshot: sign * mean(snapshot.scores[label]))
         if not all(change(best, now, label) * sign < -SIGMAS and self.risen(best, now) for now in after):
             return None
         old, new = (mean(snapshot.scores[label]) for snapshot in (best, after[-1]))
+        how = "the trained reward improved" if self.evaluated(best) else "votes were trained on"
         return (
             f"{label} went from {old:.3f} (iteration {best.iteration}) to {new:.3f} (iteration {after[-1].iteration}) "
-            "while the trained reward improved: it is being gamed"
+            f"while {how}: it is being gamed"
         )
 
     def risen(self, old: Snapshot, new: Snapshot) -> bool:
         """Whether any trained reward improved; True when none of them is evaluated, as people's votes."""
-        known = {label: weight for label, weight in self.trained.items() if label in old.scores}
-        return not known or any(change(old, new, label) * (-1 if w < 0 else 1) > SIGMAS for label, w in known.items())
+        known = self.evaluated(old)
+        known = {label: weight for label, weight in known.items() if comparable(old, new, label)}
+        return not self.evaluated(old) or any(
+            change(old, new, label) * (-1 if w < 0 else 1) > SIGMAS for label, w in known.items()
+        )
 
-    def held_out_score(self, snapshot: Snapshot) -> float:
-        """The weighted sum of held-out means; NaN without any."""
-        parts = [weight * mean(snapshot.scores[label]) for label, weight in self.held_out.items()]
-        return sum(parts) if parts else float("nan")
+    def evaluated(self, snapshot: Snapshot) -> dict[str, float]:
+        """The trained rewards that evaluations have, with their weights; people's votes are none."""
+        return {label: weight for label, weight in self.trained.items() if label in snapshot.scores}
+
+    def gain(self, old: Snapshot, new: Snapshot) -> float:
+        """Weighted sum of the mean changes of held-out rewards, on images that both have scores of; NaN without any."""
+        if not self.held_out or not all(comparable(old, new, label) for label in self.held_out):
+            return float("nan")
+        return sum(weight * mean(differences(old, new, label)) for label, weight in self.held_out.items())
 
     def is_best(self) -> bool:
         """Whether the newest evaluation beats all before it, the untrained model included, on held-out rewards."""
-        *before, newest = (self.held_out_score(snapshot) for snapshot in self.history)
-        return bool(before) and newest == newest and not any(score >= newest for score in before)
+        *before, newest = self.history
+        gains = [self.gain(old, newest) for old in before]
+        return any(gain == gain for gain in gains) and not any(gain <= 0 for gain in gains)
+
+
+def comparable(old: Snapshot, new: Snapshot, label: str) -> bool:
+    """Whether both have scores of the same images for that reward: a configuration may change, a server may fail."""
+    pair = old.scores.get(label, ()), new.scores.get(label, ())
+    return len(pair[0]) == len(pair[1]) and bool(differences(old, new, label))
+
+
+def differences(old: Snapshot, new: Snapshot, label: str) -> list[float]:
+    """Of each image that both have a score of."""
+    pairs = zip(old.scores.get(label, ()), new.scores.get(label, ()), strict=True)
+    return [b - a for a, b in pairs if a is not None and b is not None]
 
 
 def change(old: Snapshot, new: Snapshot, label: str) -> float:
-    """Mean change of a reward in standard errors; infinite when all images change alike."""
-    pairs = zip(old.scores[label], new.scores[label], strict=True)
-    differences = torch.tensor([b - a for a, b in pairs if a is not None and b is not None], dtype=torch.float64)
-    if len(differences) < 2:
+    """Mean change of a reward in standard errors; infinite when all images change alike, 0 for a handful of images."""
+    found = torch.tensor(differences(old, new, label), dtype=torch.float64)
+    if len(found) < FEWEST:
         return 0.0
-    average, error = differences.mean().item(), differences.std().item() / len(differences) ** 0.5
+    average, error = found.mean().item(), found.std().item() / len(found) ** 0.5
     return average / error if error > 0 else average * float("inf") if average else 0.0
 
 

@@ -139,14 +139,24 @@ def submit(
     chunk: int,
     timed: Callable[[str], AbstractContextManager[None]],
 ) -> Tensor:
-    """Decode each distinct final and hand it to the panel; returns the images [N, 3, H, W], on the CPU."""
-    images = []
-    for latents, rows in zip(finals.latents.split(chunk), finals.prompt.split(chunk), strict=True):
+    """Decode each distinct final and hand it to the panel; returns the images of chains' ends, on the CPU.
+
+    The others are dropped once they are scored: there may be gigabytes of them.
+    """
+    ends = []
+    parts = zip(finals.latents.split(chunk), finals.prompt.split(chunk), is_end(finals).split(chunk), strict=True)
+    for latents, rows, end in parts:
         with timed("decode"):
-            images.append(model.decode(latents).cpu())
+            images = model.decode(latents).cpu()
         with timed("reward"):
-            scoring.add(images[-1], [prompts[i] for i in rows.tolist()], rows)
-    return torch.cat(images)
+            scoring.add(images, [prompts[i] for i in rows.tolist()], rows)
+        ends.append(images[end])
+    return torch.cat(ends)
+
+
+def is_end(finals: Finals) -> Tensor:
+    """[N] bool: whether a chain ends there."""
+    return torch.zeros(len(finals.latents), dtype=torch.bool).index_fill(0, finals.index[0, :, -1], True)
 
 
 def collect(finals: Finals, images: Tensor, scoring: Scoring) -> tuple[StepRewards, Scored, Tensor]:
@@ -157,4 +167,4 @@ def collect(finals: Finals, images: Tensor, scoring: Scoring) -> tuple[StepRewar
     scored, panel, index = scoring.collect(), scoring.panel, finals.index
     values = scored.scores[:, index.clamp(min=0)].masked_fill(index < 0, torch.nan).transpose(0, 1).flatten(0, 1)
     rewards = StepRewards(values, panel.weights.repeat(len(index)), panel.rules(len(index)))
-    return rewards, scored, images[finals.index[0, :, -1]]
+    return rewards, scored, images[(is_end(finals).cumsum(0) - 1)[finals.index[0, :, -1]]]

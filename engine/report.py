@@ -84,7 +84,7 @@ def table(evaluations: Sequence[dict[str, Any]]) -> str:
         return ""
     first, last = evaluations[0], evaluations[-1]
     lines = [
-        f"<tr><td>{html.escape(name)}</td><td>{shown(first['evaluation'][name])}</td><td>{shown(value)}</td></tr>"
+        f"<tr><td>{html.escape(name)}</td><td>{shown(first['evaluation'].get(name))}</td><td>{shown(value)}</td></tr>"
         for name, value in last["evaluation"].items()
     ]
     head = f"<tr><th>held-out mean of {last['evaluation_images']} images</th><th>before</th><th>after</th></tr>"
@@ -126,15 +126,26 @@ def column(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 def held_out_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Mean of each reward at each evaluation."""
     for name in rows[-1]["evaluation"]:
-        axes.plot(column(rows, "iteration"), column([row["evaluation"] for row in rows], name), "o-", label=name)
+        known = [row for row in rows if name in row["evaluation"]]
+        axes.plot(
+            column(known, "iteration"), column([row["evaluation"] for row in known], name), "o-", label=plain(name)
+        )
     axes.legend()
 
 
 def each_reward_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Mean of each trained reward."""
     for name in rows[-1]["rewards"]:
-        axes.plot(column(rows, "iteration"), column([row["rewards"][name] for row in rows], "mean"), label=name)
+        known = [row for row in rows if name in row.get("rewards", ())]  # runs of earlier versions have none at first
+        axes.plot(
+            column(known, "iteration"), column([row["rewards"][name] for row in known], "mean"), label=plain(name)
+        )
     axes.legend()
+
+
+def plain(name: str) -> str:
+    """A reward's name for a legend: matplotlib takes what is between two $ for a formula."""
+    return (name if len(name) <= 40 else f"{name[:20]}...{name[-17:]}").replace("$", r"\$")
 
 
 def reward_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from .checkpoint import SaveError, write_text
 from .config import RunConfig, make_config
 from .data import Prompt
+from .distributed import World
 from .evaluate import Evaluation
 from .prompts import dump, load_prompts
 from .rewards import Panel, make_panel, members
@@ -67,13 +68,12 @@ class Run:
         prompts = load_prompts("prompts.jsonl", folder)
         return Run(folder, make_config(data), prompts, load_prompts(held_out.name, folder) if held_out.exists() else [])
 
-    def continued(self, iterations: int, stop_when_gamed: bool | None = None) -> "Run":
-        """The same run, longer or shorter, and stopping at the guard's alarm or not; recorded in its config."""
-        evaluation = self.config.evaluation
-        if stop_when_gamed is not None:
-            evaluation = replace(evaluation, stop_when_gamed=stop_when_gamed)
-        training = replace(self.config.training, iterations=iterations)
-        config = replace(self.config, training=training, evaluation=evaluation)
+    def continued(self, iterations: int) -> "Run":
+        """The same run, longer or shorter; recorded in its config."""
+        return self.adopt(replace(self.config, training=replace(self.config.training, iterations=iterations)))
+
+    def adopt(self, config: RunConfig) -> "Run":
+        """The same run, going on as ``config`` says; recorded."""
         write_text(self.folder / "config.json", config.to_json())
         return replace(self, config=config)
 
@@ -94,6 +94,12 @@ def evaluation_panel(config: RunConfig) -> Panel | None:
     every = [*members(config.rewards), *members(config.held_out_rewards, HELD_OUT)]
     automatic = [one for one in every if not getattr(one.reward, "interactive", False)]
     return Panel(automatic) if automatic else None
+
+
+def check_processes(config: RunConfig, world: World) -> None:
+    """Raise ValueError when this run needs one process and there are more."""
+    if world.size > 1 and training_panel(config).interactive:
+        raise ValueError("people vote on the images of one process; start this run without accelerate launch")
 
 
 def trained_score(evaluation: Evaluation, config: RunConfig) -> float:

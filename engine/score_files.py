@@ -11,9 +11,21 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .data import Prompt
 from .knobs import Option
+from .prompts import parse
 from .protocols import Reward, RewardBatch
-from .rewards import MODEL_REWARDS, OTHER_REWARDS, REWARDS, VARIANTS, ask, make_panel, reward_class, reward_options
+from .rewards import (
+    COMMON,
+    MODEL_REWARDS,
+    OTHER_REWARDS,
+    REWARDS,
+    VARIANTS,
+    ask,
+    make_panel,
+    reward_class,
+    reward_options,
+)
 from .rewards.files import ROOTS_VARIABLE, described, listed, missing, roots
 
 PART = 32
@@ -97,25 +109,34 @@ def score_files(files: Sequence[Path], prompts: Sequence[str], entries: Sequence
     """Score image files with one prompt for all, or one for each.
 
     A file that cannot be read, or a reward that fails, gives NaN and a reason. Raises ValueError when prompts do not
-    fit the files or a reward cannot use them.
+    fit the files or a reward cannot use them. A prompt may be a line of a .jsonl file, with metadata.
     """
-    from .data import Prompt
-
     if len(prompts) not in (1, len(files)):
         raise ValueError(f"{len(files)} images need one --prompt, or {len(files)} of them; got {len(prompts)}")
-    texts = list(prompts) * (len(files) if len(prompts) == 1 else 1)
+    texts = [parse(text, "--prompt") if text.startswith("{") else Prompt(text, {}) for text in prompts]
+    texts *= len(files) if len(prompts) == 1 else 1
+    refuse_what_runs_have(entries)
     panel = make_panel(entries)
     members = [(one.label, one.reward) for one in panel.members]
-    panel.validate([Prompt(text, {}) for text in dict.fromkeys(texts)])
+    if panel.interactive:
+        raise ValueError("people's votes are asked for in training only; score images with another reward")
+    panel.validate(texts)
     scores: dict[str, Tensor] = {label: torch.full((len(files),), torch.nan) for label, _ in members}
     reasons: list[tuple[int, str]] = []
     for rows, images in parts(files, reasons):
-        batch = RewardBatch(images, [texts[i] for i in rows], [{}] * len(rows))
+        batch = RewardBatch(images, [texts[i].text for i in rows], [texts[i].metadata for i in rows])
         for label, reward in members:
             score_part(label, reward, batch, rows, scores, reasons)
     columns = [column for label, _ in members for column in scores if f"{column}/".startswith(f"{label}/")]
     named = [f"{files[i]}: {reason}" for i, reason in sorted(reasons)]
     return FileScores([str(file) for file in files], {c: scores[c].tolist() for c in columns}, named)
+
+
+def refuse_what_runs_have(entries: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for options that only mean something in training."""
+    wrong = [name for entry in entries for name in entry if name in COMMON]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} belongs to the rewards of a run; scores of files are shown as they are")
 
 
 def score_part(

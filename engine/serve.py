@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,8 @@ DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8090
 MAX_REQUEST = 128 * 2**20
 """Bytes; sixteen images of 1024 x 1024 pixels have about 40 MiB."""
 MAX_PIXELS = 4096 * 4096
+MAX_REQUEST_PIXELS = 4 * MAX_PIXELS
+"""Of all images together; as numbers they take 12 bytes each."""
 MAX_IMAGES = 1024
 
 log = logging.getLogger("densegrpo.serve")
@@ -74,6 +77,7 @@ class RewardServer(ThreadingHTTPServer):
     """Answers requests for scores; requests are read in threads of their own, models compute one at a time."""
 
     daemon_threads = True
+    allow_reuse_address = os.name != "nt"  # there it would let two servers share a port
 
     def __init__(self, address: tuple[str, int], members: Sequence[Member]):
         super().__init__(address, Handler)
@@ -262,7 +266,7 @@ def read_request(body: bytes) -> Order:
         raise RequestError('"prompt" must hold texts')
     if not all(isinstance(entry, dict) for entry in metadata):
         raise RequestError('"metadata" must hold objects')
-    return Order(prompts, [read_png(text, index) for index, text in enumerate(images)], metadata)
+    return Order(prompts, read_pngs(images), metadata)
 
 
 def listed(data: Mapping[str, Any], key: str) -> list[Any]:
@@ -271,6 +275,17 @@ def listed(data: Mapping[str, Any], key: str) -> list[Any]:
     if not isinstance(value, list):
         raise RequestError(f'the request needs a list "{key}"')
     return value
+
+
+def read_pngs(texts: Sequence[Any]) -> list[Tensor]:
+    """All images of a request. Raises RequestError, also when they are small files of too many pixels."""
+    images, pixels = [], 0
+    for index, text in enumerate(texts):
+        images.append(read_png(text, index))
+        pixels += images[-1][0].numel()
+        if pixels > MAX_REQUEST_PIXELS:
+            raise RequestError(f"the images have more than {MAX_REQUEST_PIXELS} pixels; send fewer at a time", 413)
+    return images
 
 
 def read_png(text: Any, index: int) -> Tensor:

@@ -22,8 +22,8 @@ from .models import load_model
 from .pictures import grid
 from .protocols import FlowModel
 from .recipes import make_recipe
-from .rewards import members
-from .run import HELD_OUT, Run, evaluation_panel, evaluation_row, finite, training_panel
+from .rewards import members, published
+from .run import HELD_OUT, Run, check_processes, evaluation_panel, evaluation_row, finite, training_panel
 from .train import Iteration, train
 
 log = logging.getLogger("densegrpo.run")
@@ -66,8 +66,7 @@ class Session:
         self.recipe = make_recipe(**config.method)
         self.learner = Learner(self.model.lora, config.optimizer)
         self.panel, self.evaluation_panel = training_panel(config), evaluation_panel(config)
-        if self.panel.interactive and self.world.size > 1:
-            raise ValueError("people vote on the images of one process; start this run without accelerate launch")
+        check_processes(config, self.world)
         self.guard = make_guard(config)
         self.cond = self.model.encode([p.text for p in run.prompts])
         self.held_out_cond = self.model.encode([p.text for p in run.held_out]) if run.held_out else None
@@ -147,6 +146,7 @@ class Session:
         """The same with the guard's alarms; the best so far on held-out rewards is kept."""
         if progress.evaluation is None:
             return progress
+        self.warn_of_missing(progress.number, progress.evaluation)
         settings, folder = self.run.config.evaluation, self.run.folder
         last = progress.number == self.training.iterations
         progress.alarms = self.guard.add(progress.number, progress.evaluation.scores, last=last)
@@ -159,6 +159,16 @@ class Session:
                 save_checkpoint(folder / "best", progress.number, self.learner.state(), 1)
                 self.export(BEST_LORA)
         return progress
+
+    def warn_of_missing(self, number: int, evaluation: Evaluation) -> None:
+        """Log which rewards could not score all images of an evaluation: it says less of them, or nothing."""
+        for label, scores in evaluation.scores.items():
+            missing = int(scores.isnan().sum())
+            reason = next((error for error in evaluation.errors if error.startswith(f"{label}: ")), "")
+            if missing and reason:
+                log.warning(
+                    "iteration %d: %d of %d held-out images have no score: %s", number, missing, len(scores), reason
+                )
 
     def due_evaluation(self, number: int) -> Evaluation | None:
         """The evaluation after that iteration, if there is to be one."""
@@ -260,7 +270,7 @@ class Session:
             "densegrpo.run": config.name,
             "densegrpo.method": config.method["name"],
             "densegrpo.model": json.dumps(config.model),
-            "densegrpo.rewards": json.dumps(config.rewards),
+            "densegrpo.rewards": json.dumps([published(entry) for entry in config.rewards]),
             "densegrpo.iterations": str(self.learner.iteration),
         }
         if rows:

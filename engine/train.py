@@ -23,6 +23,9 @@ from .rewards import Panel, Scored
 from .rollout import rollout
 from .update import learn
 
+MOST_SKIPPED = 5
+"""Iterations in a row that people may pass over, or miss, before the run ends, to be resumed."""
+
 
 class RewardError(RuntimeError):
     """Too few images could be scored."""
@@ -92,7 +95,7 @@ def train(
     """
     world = world or Solo()
     counted = Counted(model)
-    model = cast(FlowModel, counted)
+    model, idle = cast(FlowModel, counted), 0
     sigmas = model.schedule(settings.num_steps)
     while learner.iteration < settings.iterations:
         clock, counted.evaluations = Clock(model.device), 0
@@ -104,6 +107,9 @@ def train(
         if settings.shuffle_rewards:
             rewards = shuffled(rewards, plan)
         complain_if_unscored(world, rewards, scored, settings.max_missing, learner.iteration + 1)
+        idle = idle + 1 if bool(scored.skipped.all()) else 0
+        if idle == MOST_SKIPPED:
+            raise RewardError(f"nobody voted in {idle} iterations in a row; when somebody is there, resume the run")
         credit, advantages = assign(recipe, rewards, plan, world)
         with clock("update"), learner.all_or_nothing():
             stats = learn(model, cond, traj, advantages, recipe, learner, world, settings.train_batch)

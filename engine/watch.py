@@ -40,7 +40,8 @@ def postfix(progress: Progress) -> str:
     """The numbers beside the bar."""
     parts = []
     if progress.iteration:
-        parts.append(f"reward {progress.iteration.stats['reward']:.3f}")
+        reward = progress.iteration.stats["reward"]
+        parts.append(f"reward {reward:.3f}" if reward == reward else "no reward")
     if progress.evaluation:
         parts.append("held-out " + ", ".join(f"{k} {v:.3f}" for k, v in progress.evaluation.means.items()))
     if progress.alarms:
@@ -74,4 +75,4 @@ def summary(run: Run, session: Session) -> None:
         if (run.folder / BEST_LORA).exists():
             print(f"the LoRA that was best on held-out rewards: {BEST_LORA}")
     if session.gamed:
-        print(f"stopped there (stop_when_gamed); to go on all the same: densegrpo resume {run.folder}")
+        print(f"stopped there (stop_when_gamed); to go on all the same: densegrpo resume {run.folder} --ignore-alarms")

@@ -1,12 +1,13 @@
 """Rewards from elsewhere: a server, a vision-language judge, people; and what any reward can be told besides."""
 
+from collections import Counter
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..engine.errors import errors_named
 from ..engine.knobs import Option
-from ..engine.rewards import COMMON, make_reward, reward_options
+from ..engine.rewards import COMMON, make_reward, reward_class, reward_options
 from ..engine.rewards.files import folders
 from . import sockets
 from .widgets import CATEGORY, widget, widgets
@@ -15,8 +16,10 @@ REMOTE = ("url", "api_key_variable", "batch_size", "timeout", "retries")
 JUDGE = ("base_url", "model", "preset", "mode", "question", "labels", "low", "high", "max_tokens")
 SERVER = ("thinking", "api_key_variable", "workers", "timeout", "retries")
 VOTE = ("mode", "timeout", "min_voters")
-COMPUTING = ("placement", "precision", "batch_size")
+COMPUTING = ("placement", "precision")
 AS_IT_IS = "default"
+FAILURES: Counter[str] = Counter()
+"""How often the trial of a connection failed."""
 
 
 def weight() -> Any:
@@ -36,7 +39,19 @@ def connected(name: str, options: dict[str, Any], test: bool) -> io.NodeOutput:
     with errors_named(f"reward {name}"):
         reward = make_reward(name, **{key: value for key, value in options.items() if key != "weight"})
         said = reward.test_connection() if test else "not tested"  # pyright: ignore[reportAttributeAccessIssue]
+    if test and not said.startswith("OK"):
+        FAILURES[key_of(options)] += 1
     return io.NodeOutput(sockets.RewardChoice(({"name": name, **options},)), said, ui={"text": [said]})
+
+
+def key_of(options: dict[str, Any]) -> str:
+    """What was tried."""
+    return repr(sorted(options.items()))
+
+
+def failures(inputs: dict[str, Any]) -> int:
+    """For ``fingerprint_inputs``: another number after a trial that failed, so that the host tries again."""
+    return FAILURES[key_of({name: value for name, value in inputs.items() if name != "test_connection"})]
 
 
 class RemoteReward(io.ComfyNode):
@@ -61,6 +76,10 @@ class RemoteReward(io.ComfyNode):
     def execute(cls, test_connection: bool, **options: Any) -> io.NodeOutput:
         return connected("remote_http", options, test_connection)
 
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> int:
+        return failures(inputs)
+
 
 class Judge(io.ComfyNode):
     """Scores from a vision-language model."""
@@ -83,6 +102,10 @@ class Judge(io.ComfyNode):
     @classmethod
     def execute(cls, test_connection: bool, **options: Any) -> io.NodeOutput:
         return connected("vlm_judge", options, test_connection)
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> int:
+        return failures(inputs)
 
 
 class HumanVote(io.ComfyNode):
@@ -126,6 +149,9 @@ class RewardOptions(io.ComfyNode):
                 sockets.Reward.Input("reward", tooltip="The reward to change; of several, each."),
                 models,
                 *widgets(reward_options("clipscore"), COMPUTING),
+                io.Int.Input(
+                    "batch_size", default=0, min=0, max=1024, tooltip="Images that are scored at once; 0: the usual."
+                ),
                 limit,
                 widget("cap", cap),
                 *widgets(COMMON, ("min_std", "rank")),
@@ -136,7 +162,7 @@ class RewardOptions(io.ComfyNode):
     @classmethod
     def execute(cls, reward: sockets.RewardChoice, limit: bool, cap: float, **options: Any) -> io.NodeOutput:
         defaults = {name: o.default for name, o in {**reward_options("clipscore"), **COMMON}.items()}
-        defaults["model"] = AS_IT_IS
+        defaults |= {"model": AS_IT_IS, "batch_size": 0}
         changed = {name: value for name, value in options.items() if value != defaults[name]}
         if limit:
             changed["cap"] = cap
@@ -148,6 +174,8 @@ class RewardOptions(io.ComfyNode):
 def told(entry: sockets.Options, changed: dict[str, Any]) -> dict[str, Any]:
     """A reward with more options. Raises ValueError when it has one not."""
     known = {**reward_options(entry["name"]), **COMMON}
+    if not hasattr(reward_class(entry["name"]), "needs"):
+        known.pop("model", None)  # it is the name of a model on a server, not a folder
     for name in changed:
         if name not in known:
             raise ValueError(f"reward {entry['name']} has no {name}; leave it at its default")

@@ -75,6 +75,10 @@ def test_the_quickstart_runs_from_the_template_browser_and_is_there_again_after_
     saved = json.dumps(visit["saved"])
     assert "iteration 2 of 2" not in saved, "texts on nodes do not belong into the saved workflow"
     assert "safetensors" not in saved
+    before, lacking, ready = (visit["reward"][name] for name in ("before", "lacking", "ready"))
+    assert lacking["text"].splitlines()[1:] == ["get them from somewhere", "package x is not installed"]
+    assert lacking["height"] >= before["height"] + 4 * 15, "four lines of text, all of them to be seen"
+    assert (ready["text"], ready["height"]) == ("ready", lacking["height"] - 3 * 15)
     assert [error for error in visit["errors"] if OURS in error] == []
 
 

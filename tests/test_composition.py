@@ -5,9 +5,12 @@ import torch
 from densegrpo.engine.advantage import GroupNorm, ranked, win_rate
 from densegrpo.engine.config import make_config
 from densegrpo.engine.data import StepRewards, ViewRules
+from densegrpo.engine.distributed import Solo
+from densegrpo.engine.recipes import make_recipe
 from densegrpo.engine.reward_stats import correlation, one_reward
 from densegrpo.engine.run import Run
 from densegrpo.engine.session import Session
+from densegrpo.engine.train import assign
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,6 +123,13 @@ def test_ranks_average_to_a_half_and_keep_the_order(numbers):
             assert (ranks[i] < ranks[j]) == (a < b)
 
 
+def test_ranks_of_differences_that_are_noise_are_ties():
+    values = torch.tensor([0.5, 0.5 + 1e-7, 0.5 - 1e-7, 0.5, 0.1, 0.9, 0.2, 0.8]).view(1, 8, 1)
+    found = ranked(StepRewards(values, torch.ones(1), ViewRules((1e-3,), (True,))), GROUP).values[0, :, 0]
+    assert found[:4].tolist() == [0.5] * 4
+    assert found[4:].tolist() == pytest.approx([0, 1, 1 / 3, 2 / 3])
+
+
 def test_an_image_alone_is_neither_good_nor_bad():
     assert win_rate(torch.tensor([[7.0]])).item() == 0.5
 
@@ -130,6 +140,22 @@ def test_only_the_views_that_ask_for_it_are_ranked_and_each_group_by_itself():
     found = ranked(rewards, GROUP).values
     assert torch.equal(found[0], values[0])
     assert found[1, :, 0].tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1] * 2)
+
+
+def test_training_on_ranks_takes_nothing_but_their_order():
+    """One image that is far better than the others makes them all alike, unless ranks count."""
+    recipe = make_recipe("flow_grpo", group_size=4, num_updates=1)
+    plan = recipe.plan((1, 2, 2), torch.linspace(1, 0, 4), (0, 0, 0))
+
+    def found(scores, rank):
+        values = torch.full((1, 4, 4), torch.nan)
+        values[0, :, -1] = torch.tensor(scores)
+        return assign(recipe, StepRewards(values, torch.ones(1), ViewRules((0.0,), (rank,))), plan, Solo())[1].values
+
+    even, far = [0.0, 1.0, 2.0, 3.0], [0.0, 0.1, 0.2, 100.0]
+    torch.testing.assert_close(found(far, True), found(even, True))
+    torch.testing.assert_close(found(even, True), found(even, False), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(found(far, False), found(even, False), atol=0.1)
 
 
 def test_the_record_of_one_reward():
@@ -182,6 +208,19 @@ def test_ranks_and_floors_run_with_probes_of_every_state(tmp_path):
 
 def test_a_reward_below_its_floor_alone_teaches_nothing(tmp_path):
     assert run_of(tmp_path, [{"name": "brightness", "min_std": 100.0}])["policy_loss"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewards": [{"name": "brightness", "weight": 0.0}]}, "brightness has weight 0; remove it, or put it into"),
+        ({"held_out_rewards": [{"name": "human_vote"}]}, "human_vote asks people, who are not asked in evaluations"),
+    ],
+)
+def test_rewards_that_make_no_sense_are_refused(change, message):
+    config = {"name": "n", "model": {"name": "demo"}, "method": {"name": "flow_grpo"}, "prompts": ["a red circle"]}
+    with pytest.raises(ValueError, match=message):
+        make_config(config | {"rewards": [{"name": "brightness"}]} | change)
 
 
 @pytest.mark.parametrize("option", [{"rank": True}, {"min_std": 0.1}])

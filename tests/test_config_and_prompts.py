@@ -142,13 +142,11 @@ def test_what_a_reward_has_against_a_prompt_is_said_with_file_and_line(tmp_path)
     )
     (tmp_path / "b.txt").write_text("a red circle\n\na dog\n")
     panel = make_panel([{"name": "shapes"}])
-    with pytest.raises(
-        ValueError, match=r"^reward shapes: .*a\.jsonl, line 3 or .*line 4: prompt 'a cat': it has"
-    ):
+    with pytest.raises(ValueError, match=r"^reward shapes dense: .*a\.jsonl, line 3 or .*line 4: prompt 'a cat': it"):
         panel.validate(load_prompts("a.jsonl", tmp_path))
     with pytest.raises(ValueError, match=r"b\.txt, line 3: prompt 'a dog': it has no 'include'"):
         panel.validate(load_prompts("b.txt", tmp_path))
-    with pytest.raises(ValueError, match=r"^reward shapes: prompt 'a dog': it has no"):
+    with pytest.raises(ValueError, match=r"^reward shapes dense: prompt 'a dog': it has no"):
         panel.validate(load_prompts(["a dog"], tmp_path))
     assert "line" not in dump(load_prompts("b.txt", tmp_path))
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from densegrpo.engine import cli
 from densegrpo.engine.distributed import Solo
+from densegrpo.engine.evaluate import evaluate
+from densegrpo.engine.protocols import RewardResult
+from densegrpo.engine.rewards import Panel
 from densegrpo.engine.train import TrainSettings, train
 from method_variants import NAMES, PROMPTS, VARIANTS, Counting, Recording, panel, small
 from safetensors.torch import load_file
@@ -150,6 +153,34 @@ def test_the_gradients_and_statistics_of_every_method_do_not_depend_on_the_numbe
             assert a.keys() == b.keys()
             for key in set(a) - {"processes", *(key for key in a if key.startswith("seconds"))}:
                 assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), key
+
+
+class Detailed:
+    """Has a sub-score, and fails on one process."""
+
+    def __init__(self, fails):
+        self.fails = fails
+
+    def __call__(self, batch):
+        if self.fails:
+            raise OSError("no room")
+        return RewardResult(torch.ones(len(batch.prompts)), {"part": torch.full((len(batch.prompts),), 0.5)})
+
+
+def test_a_reward_that_fails_on_one_process_does_not_stop_the_others():
+    """All must gather the same things, or they wait for each other forever."""
+    barrier, table = Barrier(2), [None, None]
+
+    def evaluated(rank):
+        model, panel = Counting(), Panel([("d", Detailed(rank == 1), 1.0)])
+        cond, world = model.encode([p.text for p in PROMPTS]), Half(rank, barrier, table)
+        return evaluate(model, cond, PROMPTS, panel, world, num_steps=2, images_per_prompt=1, batch=4)
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(evaluated, range(2))
+    assert list(first.scores) == list(second.scores) == ["d", "d/part"]
+    assert first.scores["d/part"].isnan().tolist() == [i % 2 == 1 for i in range(len(PROMPTS))]
+    assert list(second.errors) == ["d: OSError: no room"] * (len(PROMPTS) // 2)
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from densegrpo.engine import cli
 from densegrpo.engine.config import make_config
 from densegrpo.engine.guard import Guard, Snapshot, change
 from densegrpo.engine.image_statistics import image_statistics
 from densegrpo.engine.protocols import RewardResult
+from densegrpo.engine.report import each_reward_curve, figure, held_out_curve
 from densegrpo.engine.rewards import brightness
 from densegrpo.engine.run import Run
 from densegrpo.engine.session import Session
@@ -95,13 +97,46 @@ def test_the_change_is_measured_image_by_image():
     shifted = [v + 0.01 + 0.001 * (i % 3) for i, v in enumerate(values)]
     assert change(Snapshot(0, {"h": values}), Snapshot(1, {"h": shifted}), "h") > 50
     assert change(Snapshot(0, {"h": values}), Snapshot(1, {"h": values}), "h") == 0
-    assert change(Snapshot(0, {"h": [1.0, 2.0]}), Snapshot(1, {"h": [2.0, 3.0]}), "h") == math.inf
-    assert change(Snapshot(0, {"h": [1.0]}), Snapshot(1, {"h": [0.0]}), "h") == 0
+    few, more = [1.0] * 7, [1.0] * 8
+    assert change(Snapshot(0, {"h": more}), Snapshot(1, {"h": [2.0] * 8}), "h") == math.inf
+    assert change(Snapshot(0, {"h": few}), Snapshot(1, {"h": [0.0] * 7}), "h") == 0, "too few to say"
 
 
 def test_images_without_a_score_are_left_out():
-    old, new = Snapshot(0, {"h": [0.5, None, 0.1, 0.3]}), Snapshot(1, {"h": [0.6, 9.0, None, 0.5]})
-    assert change(old, new, "h") == pytest.approx(0.15 / (0.0707107 / 2**0.5), rel=1e-4)
+    pairs = [(0.5, 0.6), (0.3, 0.5)] * 4
+    old = Snapshot(0, {"h": [None, 0.1, *(a for a, _ in pairs)]})
+    new = Snapshot(1, {"h": [9.0, None, *(b for _, b in pairs)]})
+    assert change(old, new, "h") == pytest.approx(0.15 / (0.05 * (8 / 7) ** 0.5 / 8**0.5), rel=1e-4)
+
+
+def test_an_evaluation_that_failed_is_left_out_of_all_comparisons():
+    guard, nothing = Guard({"t": 1.0}, {"h": 1.0}, 2), torch.full((N,), torch.nan)
+    levels = [None, 0.6, 0.5, None, 0.4, 0.3]
+    fired = []
+    for i, level in enumerate(levels):
+        found = guard.add(i, {"t": rising(0.1 * i), "h": nothing if level is None else rising(level, 7)})
+        fired.append(bool(found))
+        assert not guard.is_best()
+    assert fired == [False, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("other", [{}, {"h": rising(0.9)[:10]}, {"h": torch.full((N,), torch.nan)}], ids=str)
+def test_evaluations_of_other_images_or_rewards_are_not_compared(other):
+    """As when a run is resumed with another configuration."""
+    guard = Guard({"t": 1.0}, {"h": 1.0}, 1)
+    guard.add(0, {"t": rising(0.1), **other})
+    assert guard.add(1, {"t": rising(0.5), "h": rising(0.3)}) == []
+    assert not guard.is_best()
+
+
+def test_the_best_is_found_on_images_that_both_evaluations_scored():
+    """Of fifty images only the ten easiest got a score, each a little worse than before: that is not better."""
+    guard, levels = Guard({}, {"h": 1.0}, 2), torch.linspace(0, 1, 50)
+    guard.add(0, {"h": levels})
+    easiest = torch.full((50,), torch.nan)
+    easiest[-10:] = levels[-10:] - 0.2
+    guard.add(1, {"h": easiest})
+    assert not guard.is_best()
 
 
 def test_people_have_no_evaluations_so_a_fall_alone_is_enough():
@@ -226,3 +261,19 @@ def test_statistics_of_known_images():
 def test_the_entropy_of_all_levels_is_6_bits():
     ramp = torch.linspace(0, 0.999, 64).repeat(64, 1).expand(1, 3, 64, 64)
     assert image_statistics(ramp)["entropy"].item() == pytest.approx(6, abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_can_go_on_all_the_same(tmp_path, capsys):
+    run, session = trained(tmp_path)
+    assert session.learner.iteration == 10
+    assert cli.main(["resume", str(run.folder), "--ignore-alarms", "--iterations", "16"]) == 0
+    assert run.metrics()[-1]["iteration"] == 16
+    assert "alarms" in [key for row in run.metrics() if row["iteration"] > 10 for key in row]
+
+
+@pytest.mark.parametrize("name", ["costs $5 or $9", r"$\frac {prompt}$", "x" * 300])
+def test_any_name_of_a_reward_can_be_drawn(name):
+    rows = [{"iteration": i, "evaluation": {name: 0.1 * i}, "rewards": {name: {"mean": 0.1}}} for i in range(3)]
+    assert figure("a", held_out_curve, rows)
+    assert figure("b", each_reward_curve, [{"iteration": 0}, *rows])

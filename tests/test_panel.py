@@ -246,3 +246,18 @@ def test_a_label_says_what_a_reward_is_and_not_how_it_is_computed(entry, label):
 def test_equal_rewards_have_labels_of_their_own():
     labels = [member.label for member in members([{"name": "brightness"}] * 3, "held-out/")]
     assert labels == ["held-out/brightness", "held-out/brightness (2)", "held-out/brightness (3)"]
+
+
+def test_reasons_and_skips_of_parts_keep_their_images():
+    def answer(batch):
+        return RewardResult(torch.tensor([1.0, torch.nan, torch.nan]), errors={1: "blurred"}, skipped=frozenset({2}))
+
+    class Near(Person):
+        interactive = False
+
+    with Panel([("near", Near(answer), 1.0)]).scoring() as scoring:
+        scoring.add(images(), PROMPTS)
+        scoring.add(images(), PROMPTS)
+        found = scoring.collect()
+    assert found.skipped.tolist() == [False, False, True, False, False, True]
+    assert list(found.errors) == ["near: blurred"] * 2

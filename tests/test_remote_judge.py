@@ -2,18 +2,18 @@
 
 import base64
 import io
-import json
+import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock
 
 import numpy as np
 import pytest
 import torch
-from densegrpo.engine.knobs import check, options_of
+from densegrpo.engine import waiting
 from densegrpo.engine.protocols import RewardBatch
 from densegrpo.engine.rewards.remote import judge as judge_module
-from densegrpo.engine.rewards.remote.atoms import atoms
 from densegrpo.engine.rewards.remote.judge import Answers, VlmJudge
-from densegrpo.engine.rewards.remote.reply import UnusableError, level, rating, read_reply, yes_probability
+from judging import batch, judge
 from PIL import Image
 from stub_servers import Answer, Stub, asked_image, asked_text, chat, dead_url, grey_yes, judge_of
 
@@ -23,171 +23,6 @@ SCORED = {"preset": "own", "mode": "score", "question": "Rate {prompt}", "labels
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch):
     monkeypatch.setattr(judge_module, "KEPT", Answers())
-
-
-def judge(stub_or_url, **options):
-    url = stub_or_url if isinstance(stub_or_url, str) else stub_or_url.url
-    options = {"base_url": f"{url}/v1", "model": "judge-1", "timeout": 2.0, "retries": 1, "backoff": 0.01, **options}
-    check("vlm_judge", options_of(VlmJudge), options)
-    return VlmJudge(**options)
-
-
-def batch(num=5, metadata=None, prompts=None):
-    levels = torch.linspace(0, 1, num) if num > 1 else torch.full((num,), 0.5)
-    images = levels.view(-1, 1, 1, 1).expand(num, 3, 8, 12).clone()
-    return RewardBatch(images, prompts or [f"prompt {i}" for i in range(num)], metadata or [{}] * num)
-
-
-def reply(text="", tokens=None, finish="stop"):
-    return read_reply(json.loads(json.dumps(chat(text, tokens, finish).data)))
-
-
-# what an answer says
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ({"Yes": 0.6, "No": 0.2}, 0.75),
-        ({"Yes": 0.3, " yes": 0.2, "YES": 0.1, "\u2581no": 0.1, "\u0120No": 0.1, "Maybe": 0.2}, 0.75),
-        ({"Yes": 0.9}, 1.0),
-        ({"No": 0.9, "Not": 0.05, "Yesterday": 0.05}, 0.0),
-        ({"Yes": 0.0, "No": 0.5}, 0.0),
-    ],
-)
-def test_yes_is_weighed_against_no_in_all_spellings(tokens, expected):
-    assert yes_probability(reply("No", [tokens])) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("tokens", [None, [], [{}], [{"<think>": 0.999, "Yes": 1e-5, "No": 1e-7}]])
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("Yes", 1), (" yes, it does", 1), ("**No**.", 0), ("no", 0), ('"Yes"', 1), ("<think>a no b</think>\nYes", 1)],
-)
-def test_without_probabilities_the_text_counts(tokens, text, expected):
-    assert yes_probability(reply(text, tokens)) == expected
-
-
-@pytest.mark.parametrize("text", ["", "Not at all", "I cannot say yes", "Yesterday", "none", "1"])
-def test_an_answer_that_is_neither_yes_nor_no_is_no_answer(text):
-    with pytest.raises(UnusableError, match="neither yes nor no"):
-        yes_probability(reply(text))
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([{"excellent": 0.5, "good": 0.5}], 0.875),
-        ([{"Ex": 0.4, " good": 0.4, "bad": 0.2}], 0.7),
-        ([{"The": 0.9, "good": 0.1}, {" quality": 1.0}, {" poor": 0.6, " fair": 0.2, "nice": 0.2}], 0.3125),
-    ],
-)
-def test_levels_give_their_expected_value(tokens, expected):
-    assert level(reply("fair", tokens)) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("Excellent.", 1), ("good", 0.75), ("not bad, in the end: Fair", 0.5), ("**poor**", 0.25), ("bad", 0)],
-)
-def test_without_probabilities_the_last_level_counts(text, expected):
-    assert level(reply(text)) == expected
-
-
-def test_an_answer_without_a_level_is_no_answer():
-    with pytest.raises(UnusableError, match="names none of excellent, good, fair, poor, bad: goodness"):
-        level(reply("goodness", [{"b": 0.9}]))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Final Score: 4", 0.75),
-        ("Final Score:4.50", 0.875),
-        ("final score: 3/5", 0.5),
-        ("**Final Score:** 2", 0.25),
-        ("**Final Score**: **2**", 0.25),
-        ("Final Score (1-5): 2.69", 0.4225),
-        ("Final Score = [5]", 1),
-        ("first Final Score: 1\nno, Final Score: 5", 1),
-        ("<think>Final Score: 1</think>Final Score: 5", 1),
-        ("Final Score: 17", 1),
-        ("Final Score: 0", 0),
-        ("Final Score: -3.5", 0),
-        ("1. red (colour): 1\n2. cat (animal): 0\nFinal Score:\n 2", 0.25),
-    ],
-)
-def test_the_last_number_after_the_label_is_mapped_and_clamped(text, expected):
-    assert rating(reply(text), "Final Score", 1, 5) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("text", ["", "Score 5", "Final Score: X", "Final Score: good", "5", "Final Score: nan", None])
-def test_an_answer_without_that_number_is_no_answer(text):
-    with pytest.raises(UnusableError, match="no number after 'Final Score'"):
-        rating(reply(text), "Final Score", 1, 5)
-
-
-def test_without_a_label_the_last_number_counts():
-    assert rating(reply("of 10 points I give 7."), "", 0, 10) == pytest.approx(0.7)
-
-
-def test_an_answer_that_was_cut_off_is_no_answer():
-    with pytest.raises(UnusableError, match="cut off; raise max_tokens"):
-        rating(reply("Final Score: 2", finish="length"), "Final Score", 1, 5)
-    with pytest.raises(
-        UnusableError, match="ends inside the model's thinking; raise max_tokens or set thinking to off"
-    ):
-        reply("<think>it could be Final Score: 2", finish="length")
-
-
-def test_a_label_is_no_pattern_and_a_long_answer_takes_no_long_time():
-    assert rating(reply("a+b*: 3"), "a+b*", 1, 5) == 0.5
-    with pytest.raises(UnusableError):
-        rating(reply("Score " * 50_000 + " " * 100_000), "Score", 1, 5)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        None,
-        [],
-        {},
-        {"choices": []},
-        {"choices": {}},
-        {"choices": [None]},
-        {"choices": [{"message": None}]},
-        {"choices": [{"message": {}}]},
-        {"choices": [{"message": {"content": 5}}]},
-        {"choices": [{"message": {"content": [{"type": "text"}]}}]},
-        {"error": {"message": "overloaded"}},
-    ],
-)
-def test_what_is_no_chat_completion_is_no_answer(data):
-    with pytest.raises(UnusableError, match=r"no chat completion|instead of a text"):
-        read_reply(data)
-
-
-@pytest.mark.parametrize(
-    "logprobs",
-    [
-        5,
-        {"content": 5},
-        {"content": [None, 5]},
-        {"content": [{"top_logprobs": 5}]},
-        {"content": [{"top_logprobs": [None, {"token": 5, "logprob": 0}, {"token": "no", "logprob": "x"}]}]},
-        {"content": [{"top_logprobs": [{"token": "no", "logprob": float("nan")}]}]},
-    ],
-)
-def test_probabilities_of_another_shape_are_as_good_as_none(logprobs):
-    data = {"choices": [{"message": {"content": "Yes"}, "logprobs": logprobs}]}
-    assert yes_probability(read_reply(data)) == 1
-
-
-def test_impossible_probabilities_stay_within_bounds():
-    top = [("Yes", 5000.0), ("No", float("-inf")), ("no", float("nan"))]
-    top = [{"token": token, "logprob": value} for token, value in top]
-    data = {"choices": [{"message": {"content": "No"}, "logprobs": {"content": [{"top_logprobs": top}]}}]}
-    assert yes_probability(read_reply(data)) == 1
 
 
 # what is asked
@@ -231,6 +66,41 @@ def test_thinking_can_be_switched_off():
     assert stub.requests[0].data["chat_template_kwargs"] == {"enable_thinking": False}
     assert stub.requests[0].data["max_tokens"] == 99
     assert "logprobs" not in stub.requests[0].data
+
+
+@pytest.mark.parametrize(
+    ("preset", "max_tokens", "reads_probabilities"),
+    [
+        ("vqascore", 1, True),
+        ("geneval_atoms", 1, True),
+        ("quality_levels", 16, True),
+        ("unifiedreward", 512, False),
+        ("unifiedreward2", 512, False),
+    ],
+)
+def test_answers_may_be_as_long_as_the_way_of_judging_needs(preset, max_tokens, reads_probabilities):
+    with Stub(judge_of(chat("Yes"))) as stub:
+        judge(stub, preset=preset)(batch(1, [{"include": [{"class": "cow", "count": 1}]}]))
+    assert stub.requests[0].data["max_tokens"] == max_tokens
+    assert ("logprobs" in stub.requests[0].data) == reads_probabilities
+
+
+@pytest.mark.parametrize(("workers", "at_most"), [(1, 1), (3, 3)])
+def test_as_many_questions_are_asked_at_a_time_as_there_are_workers(workers, at_most):
+    running, seen, lock = [0], [], Lock()
+
+    def respond(request):
+        with lock:
+            running[0] += 1
+            seen.append(running[0])
+        time.sleep(0.1)
+        with lock:
+            running[0] -= 1
+        return chat("Yes")
+
+    with Stub(judge_of(respond)) as stub:
+        judge(stub, workers=workers)(batch(6))
+    assert max(seen) == at_most
 
 
 def test_unifiedreward_is_one_mark():
@@ -327,6 +197,14 @@ def test_the_same_question_about_the_same_image_is_asked_once():
     assert torch.equal(first.scores, again.scores)
 
 
+def test_an_image_of_the_same_size_is_another_image():
+    """Both files have the same length."""
+    images = torch.tensor([100, 155]).view(2, 1, 1, 1).expand(2, 3, 8, 8) / 255
+    with Stub(judge_of(grey_yes)) as stub:
+        result = judge(stub, workers=1)(RewardBatch(images, ["a"] * 2, [{}] * 2))
+    torch.testing.assert_close(result.scores, torch.tensor([100, 155]) / 255, atol=0.003, rtol=0)
+
+
 def test_failures_are_not_remembered():
     with Stub(chat("hm"), chat("Yes")) as stub:
         assert judge(stub)(batch(1)).scores.isnan().all()
@@ -340,98 +218,6 @@ def test_only_the_last_answers_are_remembered():
     kept.get("a")
     kept.put("c", (3.0,))
     assert (kept.get("a"), kept.get("b"), kept.get("c")) == ((1.0,), None, (3.0,))
-
-
-# one question for each thing
-
-
-COUNT = 'Count what can be called "{}" in this image. Is the number of them {}? Please answer Yes or No.'
-
-
-@pytest.mark.parametrize(
-    ("metadata", "questions"),
-    [
-        ({"include": [{"class": "cow", "count": 1}]}, [(COUNT.format("cow", "at least 1"), True)]),
-        (
-            {"include": [{"class": "cow", "count": 3}], "exclude": [{"class": "cow", "count": 4}]},
-            [(COUNT.format("cow", "exactly 3"), True)],
-        ),
-        (
-            {"include": [{"class": "cow", "count": 1, "color": "red"}], "exclude": [{"class": "cow", "count": 2}]},
-            [
-                (COUNT.format("cow", "at least 1"), True),
-                ('Look at each "cow" in this image. Is its colour red? Please answer Yes or No.', True),
-                (COUNT.format("cow", "2 or more"), False),
-            ],
-        ),
-        (
-            {"include": [{"class": "cow", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}]},
-            [
-                (COUNT.format("cow", "at least 1"), True),
-                (COUNT.format("dog", "at least 1"), True),
-                ('Is a "dog" to the left of a "cow" in this image? Please answer Yes or No.', True),
-            ],
-        ),
-    ],
-)
-def test_metadata_become_questions(metadata, questions):
-    assert [tuple(question) for question in atoms(metadata)] == questions
-
-
-@pytest.mark.parametrize(
-    ("metadata", "reason"),
-    [
-        ({}, "no 'include' clauses"),
-        ({"include": [{"class": "", "count": 1}]}, "class ''"),
-        ({"include": [{"count": 1}]}, "class None"),
-        ({"include": [{"class": "cow", "count": 0}]}, "count 0"),
-        ({"include": [{"class": "cow", "count": 1, "color": 5}]}, "color 5"),
-        ({"include": [{"class": "cow", "count": 1, "position": ["near", 0]}]}, "position"),
-        ({"include": ["cow"]}, "clause 'cow'"),
-        ({"include": [{"class": "cow", "count": 1}], "exclude": 5}, "'exclude' 5"),
-    ],
-)
-def test_wrong_metadata_are_named_before_training_and_cost_one_image(metadata, reason):
-    right = {"include": [{"class": "cow", "count": 1}]}
-    with Stub(judge_of(chat("Yes"))) as stub:
-        reward = judge(stub, preset="geneval_atoms")
-        (problem,) = reward.validate(["a cow", "b"], [right, metadata])
-        result = reward(batch(2, [metadata, right]))
-    assert problem.startswith("prompt 2 ('b'): ")
-    assert reason in problem
-    assert result.scores.isnan().tolist() == [True, False]
-    assert reason in result.errors[0]
-
-
-def test_the_reward_is_the_mean_over_the_questions_and_strict_needs_them_all():
-    metadata = {
-        "include": [{"class": "cow", "count": 1, "color": "red"}],
-        "exclude": [{"class": "dog", "count": 1}],
-    }
-
-    def respond(request):
-        text = asked_text(request)
-        yes = 0.9 if "at least" in text else 0.8 if "colour red" in text else 0.4
-        return chat("", [{"Yes": yes, "No": 1 - yes}])
-
-    with Stub(judge_of(respond)) as stub:
-        result = judge(stub, preset="geneval_atoms")(batch(3, [metadata, {"include": metadata["include"]}, metadata]))
-    torch.testing.assert_close(result.scores, torch.tensor([2.3 / 3, 0.85, 2.3 / 3]))
-    assert result.details["strict"].tolist() == [1, 1, 1]
-
-    with Stub(judge_of(lambda request: chat("", [{"Yes": 0.4, "No": 0.6}]))) as stub:
-        result = judge(stub, preset="geneval_atoms")(batch(1, [metadata]))
-    assert result.details["strict"].tolist() == [0]
-    assert result.scores.item() == pytest.approx((0.4 + 0.4 + 0.6) / 3)
-
-
-def test_an_image_with_one_unanswered_question_has_no_score():
-    metadata = {"include": [{"class": "cow", "count": 1, "color": "red"}]}
-    with Stub(judge_of(lambda r: chat("hm") if "colour" in asked_text(r) else chat("Yes"))) as stub:
-        result = judge(stub, preset="geneval_atoms")(batch(1, [metadata]))
-    assert result.scores.isnan().all()
-    assert result.details["strict"].isnan().all()
-    assert "neither yes nor no" in result.errors[0]
 
 
 # before training
@@ -475,6 +261,7 @@ def test_a_server_that_is_no_judge_is_told_before_training(answer, problem):
         ({"question": "Is it good?"}, r"question has no effect with preset 'vqascore'; set preset to 'own'"),
         ({"preset": "unifiedreward", "mode": "levels", "high": 10.0}, r"mode, high has no effect"),
         ({"preset": "own"}, r"preset 'own' needs a question"),
+        ({"preset": "own", "question": " "}, r"preset 'own' needs a question"),
         ({**SCORED, "low": 5.0, "high": 5.0}, r"low must be below high, got 5.0 and 5.0"),
         ({**SCORED, "mode": "several"}, r"needs different labels, such as 'A, B', got 'Score'"),
         ({**SCORED, "mode": "several", "labels": "A, a"}, r"needs different labels"),
@@ -492,7 +279,7 @@ def test_an_own_question_can_have_several_marks_on_an_own_scale():
         "preset": "own",
         "mode": "several",
         "question": "Mark {prompt}",
-        "labels": "Hands, Text",
+        "labels": "Hands, Text,",
         "low": 0.0,
         "high": 10.0,
     }
@@ -501,6 +288,14 @@ def test_an_own_question_can_have_several_marks_on_an_own_scale():
     assert result.scores.tolist() == [pytest.approx(0.6)]
     assert [values.item() for values in result.details.values()] == [pytest.approx(0.4), pytest.approx(0.8)]
     assert list(result.details) == ["hands", "text"]
+
+
+def test_an_own_question_for_one_mark_needs_no_label():
+    options = {"preset": "own", "mode": "score", "question": "Rate it", "low": 0.0, "high": 10.0}
+    with Stub(judge_of(chat("of 10 points I give 7."))) as stub:
+        result = judge(stub, **options)(batch(1))
+    assert result.scores.tolist() == [pytest.approx(0.7)]
+    assert not result.details
 
 
 def test_braces_in_an_own_question_stay_as_they_are():
@@ -515,6 +310,67 @@ def test_trying_the_connection_asks_anew_each_time(preset):
         texts = [judge(stub, preset=preset).test_connection() for _ in range(2)]
     assert texts[0].startswith(f"OK. Model judge-1 on {stub.url}/v1 answers 0.73")
     assert len(stub.posts()) == 2
+
+
+def test_trying_the_connection_shows_every_mark():
+    text = "Alignment Score (1-5): 5\nCoherence Score (1-5): 2\nStyle Score (1-5): 2"
+    with Stub(judge_of(chat(text))) as stub:
+        found = judge(stub, preset="unifiedreward2").test_connection()
+    assert found.startswith(
+        f"OK. Model judge-1 on {stub.url}/v1 answers 0.50 (alignment 1.00, coherence 0.25, style 0.25)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("slow", "asked"),
+    [
+        ("/v1/models", lambda one: one.validate([], [])),
+        ("/v1/models", VlmJudge.test_connection),
+        ("/v1/chat/completions", VlmJudge.test_connection),
+    ],
+)
+def test_whoever_waits_for_a_check_can_stop_it(slow, asked, monkeypatch):
+    class CancelledError(Exception):
+        pass
+
+    stop = Event()
+
+    def respond(request):
+        if request.path == slow:
+            stop.set()
+            return Answer({}, delay=20)
+        return judge_of(chat("Yes"))(request)
+
+    def check():
+        if stop.is_set():
+            raise CancelledError
+
+    monkeypatch.setattr(waiting, "INTERRUPTS", [check])
+    with Stub(respond) as stub:
+        start = time.monotonic()
+        with pytest.raises(CancelledError):
+            asked(judge(stub, timeout=5.0, retries=0))
+        assert time.monotonic() - start < 2
+
+
+def test_a_check_waits_a_few_seconds_only(monkeypatch):
+    monkeypatch.setattr(judge_module, "HEALTH_SECONDS", 0.2)
+    with Stub(Answer({}, delay=20)) as stub:
+        (problem,) = judge(stub, timeout=5.0).validate([], [])
+    assert "no answer within 0.2 s" in problem
+
+
+def test_of_a_server_with_many_models_the_first_are_named():
+    with Stub(Answer({"data": [{"id": f"model-{i:04}"} for i in range(1000)]})) as stub:
+        (problem,) = judge(stub).validate([], [])
+    assert "it has: model-0000, model-0001" in problem
+    assert len(problem) < 1200
+
+
+def test_a_server_that_is_not_there_is_named_before_metadata_that_are_wrong():
+    first, second = judge(dead_url(), preset="geneval_atoms").validate(["a"], [{}])
+    assert "Start the server" in first
+    assert second.startswith("prompt 1 ('a'): ")
 
 
 def test_trying_the_connection_tells_of_an_answer_that_is_none():

@@ -1,16 +1,10 @@
 """The example reward server, alone and with our own client."""
 
-import base64
-import io
 import json
-import pickle
-import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from densegrpo.engine import rewards as rewards_module
@@ -18,49 +12,10 @@ from densegrpo.engine import serve as serve_module
 from densegrpo.engine.protocols import RewardBatch, RewardResult
 from densegrpo.engine.rewards import make_reward
 from densegrpo.engine.rewards.panel import Member
-from densegrpo.engine.rewards.remote.http_reward import RemoteHttp
 from densegrpo.engine.serve import greeting, make_server, serve
-from PIL import Image
+from reward_serving import client, eight_bit_images, png, post, serving
 
 RED = {"include": [{"class": "circle", "count": 1, "color": "red"}]}
-
-
-@contextmanager
-def serving(*entries, members=None):
-    server = make_server(entries or [{"name": "brightness"}], "127.0.0.1", 0)
-    if members:
-        server.members = members
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def client(url, **options):
-    return RemoteHttp(**{"url": url, "timeout": 5.0, "retries": 0, "backoff": 0.01, **options})
-
-
-def eight_bit_images(num=6, height=24, width=20, seed=0):
-    return torch.randint(0, 256, (num, 3, height, width), generator=torch.Generator().manual_seed(seed)) / 255
-
-
-def png(mode="RGB", size=(4, 4), kind="PNG"):
-    file = io.BytesIO()
-    Image.new(mode, size).save(file, kind)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def post(url, data, path="/compute", content_type="application/json"):
-    """(status, answer) of a raw request."""
-    body = data if isinstance(data, bytes) else json.dumps(data).encode()
-    request = urllib.request.Request(url + path, body, {"Content-Type": content_type})
-    try:
-        with urllib.request.urlopen(request, timeout=5) as response:
-            return response.status, json.loads(response.read())
-    except urllib.error.HTTPError as problem:
-        return problem.code, json.loads(problem.read())
 
 
 class Slow:
@@ -120,6 +75,27 @@ def test_images_of_different_sizes_may_come_in_one_request():
     assert (status, answer) == (200, {"rewards": [0.0, 0.0, 0.0], "errors": {}})
 
 
+def test_prompts_metadata_and_reasons_stay_with_their_images_when_sizes_differ():
+    """Images of one size are scored together."""
+
+    class Told(Slow):
+        def __call__(self, batch):
+            pairs = zip(batch.prompts, batch.metadata, strict=True)
+            scores = torch.tensor([float(prompt) + data.get("more", 0) for prompt, data in pairs])
+            refused = [i for i, data in enumerate(batch.metadata) if "no" in data]
+            scores[refused] = torch.nan
+            return RewardResult(scores, {}, dict.fromkeys(refused, "no"))
+
+    order = {
+        "prompt": ["1", "2", "3", "4"],
+        "image": [png(size=size) for size in ((4, 4), (8, 4), (4, 4), (8, 4))],
+        "metadata": [{}, {"more": 10}, {"more": 20}, {"no": 1}],
+    }
+    with serving(members=[Member("told", Told(), 1.0)]) as url:
+        answer = post(url, order)[1]
+    assert answer == {"rewards": [1.0, 12.0, 23.0, None], "errors": {"3": "told: no"}}
+
+
 def test_a_reward_without_a_score_is_null_with_the_reason():
     images = torch.tensor([0.5, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
     with serving(members=[Member("picky", Slow(), 1.0)]) as url:
@@ -137,6 +113,69 @@ def test_a_prompt_that_the_reward_cannot_use_is_told_and_costs_one_image():
     assert torch.equal(found.scores[[0, 2]], expected[[0, 2]])
     assert found.scores.isnan().tolist() == [False, True, False]
     assert "it has no 'include' clauses" in found.errors[1]
+
+
+class Fussy(Slow):
+    """Breaks over a batch with a prompt "b", as it says; counts how often it is asked."""
+
+    calls = 0
+
+    def __call__(self, batch):
+        self.calls += 1
+        if "b" in batch.prompts:
+            raise ValueError("not b")
+        return super().__call__(batch)
+
+    def validate(self, prompts, metadata):
+        return ["b will not do"] * prompts.count("b")
+
+
+def test_when_the_rest_is_asked_again_its_reasons_stay_with_their_images():
+    images = torch.tensor([0.5, 0.5, 0.0, 1.0]).view(4, 1, 1, 1).expand(4, 3, 4, 4)
+    with serving(members=[Member("fussy", Fussy(), 1.0)]) as url:
+        found = client(url)(RewardBatch(images, ["b", "a", "a", "a"], [{}] * 4))
+    assert found.scores.isnan().tolist() == [True, False, True, False]
+    assert found.errors == {0: "fussy: b will not do", 2: "fussy: too dark"}
+
+
+def test_a_reward_is_not_asked_again_when_that_cannot_help():
+    class Partly(Fussy):
+        def __call__(self, batch):
+            self.calls += 1
+            return RewardResult(torch.tensor([torch.nan, 0.5]), {}, {0: "not b"})
+
+    class Hopeless(Fussy):
+        def __call__(self, batch):
+            self.calls += 1
+            raise OSError("the model is gone")
+
+        def validate(self, prompts, metadata):
+            return []
+
+    for reward, errors in (
+        (Partly(), {0: "x: not b"}),
+        (Hopeless(), dict.fromkeys((0, 1), "x: OSError: the model is gone")),
+    ):
+        with serving(members=[Member("x", reward, 1.0)]) as url:
+            assert client(url)(RewardBatch(eight_bit_images(2), ["b", "a"], [{}] * 2)).errors == errors
+        assert reward.calls == 1
+
+
+def test_a_reward_with_a_bug_is_an_error_of_the_server_which_lives_on(caplog):
+    class Buggy(Slow):
+        def __call__(self, batch):
+            return RewardResult(torch.ones(7))
+
+    with serving(members=[Member("buggy", Buggy(), 1.0)]) as url:
+        for _ in range(2):
+            status, answer = post(url, {"prompt": ["a"], "image": [png()]})
+            assert (status, answer) == (
+                500,
+                {"error": "RuntimeError: reward buggy returned shape (7,) for 1 images"},
+            )
+    assert [(record.message, record.exc_info[0]) for record in caplog.records] == [
+        ("a request failed", RuntimeError)
+    ] * 2
 
 
 def test_when_no_prompt_can_be_used_every_image_gets_the_reason():
@@ -183,84 +222,18 @@ def test_health_names_the_rewards_and_the_client_is_content():
         assert client(url).test_connection().startswith(f"OK. {url} answers 0.50 for")
 
 
-def test_flow_factorys_request_is_understood():
-    """Its client sends null for what it does not have."""
-    nothing = dict.fromkeys(("video", "condition_images", "condition_videos", "metadata"))
-    with serving() as url:
-        assert post(url, {"prompt": ["a"], "image": [png()], **nothing})[1]["rewards"] == [0.0]
-
-
-@pytest.mark.parametrize(
-    ("data", "status", "reason"),
-    [
-        (b"{", 400, "is not JSON"),
-        (pickle.dumps({"prompt": ["a"]}), 400, "is not JSON"),
-        (b"[" * 100_000, 400, "is not JSON"),
-        ([], 400, "must be an object"),
-        ({}, 400, 'needs a list "prompt"'),
-        ({"prompt": "a", "image": "b"}, 400, 'needs a list "prompt"'),
-        ({"prompt": ["a"]}, 400, 'needs a list "image"'),
-        ({"prompt": ["a", "b"], "image": [png()]}, 400, "they have 2, 1 and 2"),
-        ({"prompt": ["a"], "image": [png()], "metadata": []}, 400, "they have 1, 1 and 0"),
-        ({"prompt": ["a"], "image": [png()], "metadata": {}}, 400, 'needs a list "metadata"'),
-        ({"prompt": ["a"], "image": [png()], "metadata": [5]}, 400, '"metadata" must hold objects'),
-        ({"prompt": [5], "image": [png()]}, 400, '"prompt" must hold texts'),
-        ({"prompt": ["a"], "image": [5]}, 400, "image 0 is not the base64 text of a PNG"),
-        ({"prompt": ["a"], "image": ["!!"]}, 400, "image 0 is not the base64 text of a PNG"),
-        ({"prompt": ["a"], "image": [png()[:60]]}, 400, "image 0 is not the base64 text of a PNG"),
-        ({"prompt": ["a"], "image": [png(kind="JPEG")]}, 400, "image 0 is not the base64 text of a PNG"),
-        ({"prompt": ["a"], "image": [png("RGBA")]}, 400, "image 0 must be a PNG file in RGB with 8 bits, this is RGBA"),
-        ({"prompt": ["a"], "image": [png("L")]}, 400, "this is L"),
-        ({"prompt": ["a"] * 2, "image": [png(), png(size=(5000, 5000))]}, 413, "image 1 has more than 16777216 pixels"),
-        ({"prompt": ["a"] * 1025, "image": ["x"] * 1025}, 400, "1024 at most"),
-    ],
-)  # fmt: skip
-def test_a_bad_request_is_refused_with_the_reason_and_the_server_lives_on(data, status, reason):
-    with serving() as url:
-        found, answer = post(url, data)
-        assert (found, set(answer)) == (status, {"error"})
-        assert reason in answer["error"]
-        assert post(url, {"prompt": ["a"], "image": [png()]})[0] == 200
-
-
-def test_other_paths_and_types_are_refused():
-    with serving() as url:
-        good = {"prompt": ["a"], "image": [png()]}
-        assert post(url, good, "/other")[0] == 404
-        assert post(url, good, content_type="text/plain")[0] == 415
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{url}/secret", timeout=5)
-
-
-def test_a_request_that_is_too_large_is_refused_before_it_is_held(monkeypatch):
-    monkeypatch.setattr(serve_module, "MAX_REQUEST", 1000)
-    with serving() as url:
-        status, answer = post(url, b"x" * 3000)
-        assert (status, answer["error"]) == (413, "the request has more than 0 MiB; lower batch_size")
-        found = client(url)(RewardBatch(eight_bit_images(1), ["a"], [{}]))
-    assert "HTTP 413" in found.errors[0]
-
-
-@pytest.mark.parametrize("length", ["", "x", "-5", "1" * 20])
-def test_a_request_without_a_length_is_refused(length):
-    with serving() as url:
-        request = urllib.request.Request(f"{url}/compute", b"{}", {"Content-Type": "application/json"})
-        request.add_unredirected_header("Content-length", length)
-        with pytest.raises(urllib.error.HTTPError, match="411"):
-            urllib.request.urlopen(request, timeout=5)
-
-
-def test_only_what_is_computed_here_is_served(monkeypatch):
-    monkeypatch.setitem(rewards_module.REWARDS, "remote_http", ".remote.http_reward:RemoteHttp")
+@pytest.mark.parametrize("entry", [{"name": "remote_http"}, {"name": "vlm_judge"}, {"name": "human_vote"}])
+def test_only_what_is_computed_here_is_served(entry):
     with pytest.raises(
-        ValueError, match="remote_http cannot be served: serve a reward that is computed on this machine"
+        ValueError, match=rf"{entry['name']} cannot be served: serve a reward that is computed on this machine"
     ):
-        make_server([{"name": "remote_http"}], "127.0.0.1", 0)
+        make_server([entry], "127.0.0.1", 0)
 
 
-def named(entry):
-    """As ``member``, with one more reward."""
-    return Member("needy", Needy()) if entry["name"] == "needy" else rewards_module.member(entry)
+def named(entries):
+    """As ``members``, with one more reward."""
+    known = [entry for entry in entries if entry["name"] != "needy"]
+    return [*rewards_module.members(known), *(Member("needy", Needy()) for _ in entries[len(known) :])]
 
 
 class Needy(Slow):
@@ -279,7 +252,7 @@ class Needy(Slow):
     ],
 )
 def test_a_reward_that_cannot_be_served_is_told_at_the_start(entry, message, monkeypatch):
-    monkeypatch.setattr(serve_module, "member", named)
+    monkeypatch.setattr(serve_module, "members", named)
     with pytest.raises(ValueError, match=message):
         make_server([entry], "127.0.0.1", 0)
 
@@ -291,11 +264,16 @@ def test_a_port_that_is_taken_is_told():
             make_server([{"name": "brightness"}], "127.0.0.1", port)
 
 
+def test_a_port_that_does_not_exist_is_told():
+    with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1 port 70000"):
+        make_server([{"name": "brightness"}], "127.0.0.1", 70000)
+
+
 def test_the_greeting_says_what_is_served_where():
     entries = [{"name": "brightness", "target": 0.0}, {"name": "jpeg", "weight": 0.5}]
     with make_server(entries, "127.0.0.1", 0) as server:
         address = f"http://127.0.0.1:{server.server_port}"
-        assert greeting(server) == f"serving darkness + 0.5 * jpeg at {address} (stop with Ctrl-C)"
+        assert greeting(server) == f"serving darkness + 0.5 * jpeg compressible at {address} (stop with Ctrl-C)"
 
 
 def test_opening_the_server_to_others_is_warned_of():
@@ -303,23 +281,13 @@ def test_opening_the_server_to_others_is_warned_of():
         assert "WARNING: other computers can reach this server. It has no password" in greeting(server)
 
 
-def test_serving_ends_with_ctrl_c_and_frees_the_port():
-    ports = []
+def test_serving_ends_with_ctrl_c_and_frees_the_port(monkeypatch):
+    made = []
+    monkeypatch.setattr(serve_module, "make_server", lambda *given: made.append(make_server(*given)) or made[0])
 
     def interrupt(text):
-        ports.append(int(text.split("127.0.0.1:")[1].split(" ")[0]))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         serve([{"name": "brightness"}], "127.0.0.1", 0, interrupt)
-    make_server([{"name": "brightness"}], "127.0.0.1", ports[0]).server_close()
-
-
-def test_what_is_decoded_is_what_was_sent():
-    images = eight_bit_images(1, 5, 7)
-    pixels = (images[0] * 255).round().byte().movedim(0, -1).numpy()
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    found = serve_module.read_png(base64.b64encode(file.getvalue()).decode(), 0)
-    assert torch.equal(found, images[0])
-    assert np.array_equal((found * 255).round().byte().movedim(0, -1).numpy(), pixels)
+    assert made[0].socket.fileno() == -1

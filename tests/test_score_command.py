@@ -218,3 +218,32 @@ def test_the_models_are_among_what_a_configuration_can_hold(capsys):
     text = capsys.readouterr().out
     assert all(f"\n{name}: " in text for name in MODEL_REWARDS)
     assert 'model = "PickScore_v1"' in text
+
+
+def test_a_prompt_may_be_a_line_with_metadata(tmp_path, capsys):
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    line = '{"prompt": "nothing of the demo", "include": [{"class": "circle", "count": 1, "color": "red"}]}'
+    assert main(["score", str(tmp_path / "a.png"), "--prompt", line, "--reward", "shapes strict"]) == 0
+    assert "0.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("brightness:cap=0.5", "cap belongs to the rewards of a run"),
+        ("human_vote", "people's votes are asked for in training only"),
+    ],
+)
+def test_what_only_training_has_is_refused(tmp_path, capsys, reward, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert main(["score", str(tmp_path / "a.png"), "--reward", reward]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_prompts_are_written_into_folders_that_exist(tmp_path, capsys):
+    path = tmp_path / "new" / "a.jsonl"
+    assert main(["prompts", "text", "--count", "3", "--out", str(path)]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    path.parent.mkdir()
+    assert main(["prompts", "text", "--count", "3", "--out", str(path)]) == 0
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 3

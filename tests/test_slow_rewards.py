@@ -2,6 +2,7 @@
 
 import json
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from densegrpo.engine import cli
 from densegrpo.engine.config import make_config
 from densegrpo.engine.distributed import Solo
-from densegrpo.engine.protocols import RewardResult
+from densegrpo.engine.protocols import RewardBatch, RewardResult
 from densegrpo.engine.rewards import Panel, brightness, make_reward
 from densegrpo.engine.rewards.brightness import Brightness
 from densegrpo.engine.run import Run
@@ -20,6 +21,7 @@ from densegrpo.engine.train import RewardError, TrainSettings, train
 from densegrpo.engine.waiting import wait_until
 from gaussian_flow import GaussianFlow
 from method_variants import NAMES, PROMPTS, VARIANTS, Counting, Recording, small
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 
@@ -161,6 +163,34 @@ def test_a_server_that_goes_away_ends_the_run_and_nothing_is_lost(tmp_path, serv
     again.server_close()
     mine, theirs = (load_file(r.folder / "lora.safetensors") for r in (broken, run))
     assert all(torch.equal(theirs[name], value) for name, value in mine.items())
+
+
+def test_a_lora_does_not_say_where_its_rewards_were_computed(tmp_path, server):
+    reward = entry(server.server_address[1])
+    run = Run.create(make_config(CONFIG | {"rewards": [reward]}), tmp_path, tmp_path)
+    list(Session(run.continued(1)).execute())
+    with safe_open(run.folder / "lora.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["densegrpo.rewards"]) == [{"name": "remote_http"}]
+
+
+def test_images_are_dropped_once_they_are_scored(monkeypatch):
+    """A dense probe makes ten times as many images as chains: only those of the chains' ends are kept."""
+    kept, usual = [], RewardBatch.__init__
+
+    def remembered(self, images, *rest):
+        kept.append(weakref.ref(images))
+        usual(self, images, *rest)
+
+    monkeypatch.setattr(RewardBatch, "__init__", remembered)
+    model = Counting()
+    learner, cond = Recording(model), model.encode([p.text for p in PROMPTS])
+    options = TrainSettings(iterations=1, groups=2, num_steps=6, sample_batch=7)
+    panel = Panel([("bright", Brightness(), 1.0)])
+    loop = train(model, cond, PROMPTS, panel, small("dense_grpo", {}), learner, options)
+    iteration = next(loop)
+    assert len(kept) > 5
+    assert sum(reference() is not None for reference in kept) <= 1, "the name in a frame, at most"
+    assert len(iteration.images) == 8
 
 
 def test_a_server_that_is_not_there_is_noticed_before_anything_is_loaded(tmp_path):

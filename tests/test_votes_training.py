@@ -10,6 +10,7 @@ import pytest
 from densegrpo.engine.config import make_config
 from densegrpo.engine.run import Run
 from densegrpo.engine.session import Session
+from densegrpo.engine.train import RewardError
 from densegrpo.engine.votes.store import read_scores, write_scores
 from PIL import Image
 
@@ -95,6 +96,15 @@ def voted(tmp_path, caplog, ballot):
 
 def likes_dark(images):
     return {"likes": images[:3], "dislikes": images[-3:]}
+
+
+def test_a_run_that_nobody_votes_in_ends_by_and_by(tmp_path):
+    training = CONFIG["training"] | {"iterations": 9, "groups": 1}
+    config = CONFIG | {"rewards": [{"name": "human_vote", "port": 0, "timeout": 1}], "training": training}
+    session = Session(Run.create(make_config(config | {"held_out_prompts": None}), tmp_path, tmp_path))
+    with pytest.raises(RewardError, match="nobody voted in 5 iterations in a row; when somebody is there, resume"):
+        list(session.execute())
+    assert session.learner.iteration == 4
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ try {
   await first.locator(".votes-notice").filter({ hasText: /Stopping|No answer/ }).waitFor({ timeout: 9000 });
   await second.locator(".votes-notice").filter({ hasText: "No answer" }).waitFor({ timeout: 9000 });
   await picture(second, "7_over");
-  console.log(JSON.stringify({ ...seen, errors: errors.filter((text) => !text.includes("ERR_CONNECTION_REFUSED")) }));
+  console.log(JSON.stringify({ ...seen, errors: errors.filter((text) => !/ERR_CONNECTION_(REFUSED|RESET)/.test(text)) }));
 } finally {
   await browser.close();
 }

@@ -72,6 +72,34 @@ export function append(status, { run, total, row }) {
   return { run, total, rows: [...status.rows, row] };
 }
 
+/**
+ * A message as paragraphs: what stands between ":  " and "; " is a command, and gets a line to be copied from.
+ * @param {string} message
+ */
+export function paragraphs(message) {
+  return message.replace(/:  (.*?)(?:; |$)/g, ":\n$1\n").trim();
+}
+
+/**
+ * How many lines of `columns` letters of equal width a text takes; broken after blanks and hyphens, or else anywhere.
+ * @param {string} text @param {number} columns
+ */
+export function countLines(text, columns) {
+  return text.split("\n").reduce((sum, line) => sum + countWrapped(line, columns), 0);
+}
+
+/** The same for one line. @param {string} line @param {number} columns */
+function countWrapped(line, columns) {
+  let [count, used] = [1, 0];
+  for (const word of line.match(/[^ -]*[ -]+|[^ -]+/g) ?? []) {
+    const length = word.trimEnd().length; // blanks may stand over the edge
+    if (used && used + length > columns) [count, used] = [count + 1, 0];
+    const cuts = Math.max(0, Math.ceil(length / columns) - 1);
+    [count, used] = [count + cuts, used + word.length - cuts * columns];
+  }
+  return count;
+}
+
 /** Those that are numbers, in order. @param {unknown[]} values @returns {number[]} */
 function finite(values) {
   return /** @type {number[]} */ (values.filter(Number.isFinite));

@@ -4,7 +4,7 @@
 import { api } from "../../scripts/api.js";
 // @ts-ignore served by the host
 import { app } from "../../scripts/app.js";
-import { append, newest, summary } from "./format.js";
+import { append, countLines, newest, paragraphs, summary } from "./format.js";
 import { showVotes } from "./votes.js";
 
 /** @typedef {import("./format.js").Status} Status */
@@ -21,11 +21,15 @@ const WITH_TEXT = [
 ];
 const NOT_STARTED = "no progress to show yet";
 const LINE_HEIGHT = 15;
-const MOST_LINES = 8; // then it scrolls
+const LETTER_WIDTH = 6.7; // of the widest usual monospace font at 11px
+const MOST_LINES = 12; // then it scrolls
 const MARGIN = 10;
+const PADDING = 6;
 
-/** Text elements, and what is known of their runs, by node. @type {WeakMap<object, HTMLElement>} */
+/** By node: its text, the height that gave it, and what is known of its run. @type {WeakMap<object, HTMLElement>} */
 const elements = new WeakMap();
+/** @type {WeakMap<object, number>} */
+const heights = new WeakMap();
 /** @type {WeakMap<object, Status>} */
 const statuses = new WeakMap();
 
@@ -36,10 +40,12 @@ function textOf(node) {
   const element = document.createElement("div");
   element.className = "densegrpo-text";
   element.style.cssText =
-    `font: 11px/${LINE_HEIGHT}px monospace; white-space: pre-wrap; overflow: auto; padding: 4px 6px; ` +
+    `font: 11px/${LINE_HEIGHT}px monospace; white-space: pre-wrap; overflow-wrap: anywhere; ` +
+    `overflow: auto; padding: 4px ${PADDING}px; ` +
     "box-sizing: border-box; color: var(--input-text); background: var(--comfy-input-bg); border-radius: 4px; " +
     "user-select: text";
-  const lines = () => Math.min(MOST_LINES, (element.textContent ?? "").split("\n").length);
+  const columns = () => Math.max(1, Math.floor((node.size[0] - 2 * (MARGIN + PADDING)) / LETTER_WIDTH));
+  const lines = () => Math.min(MOST_LINES, countLines(element.textContent ?? "", columns()));
   const height = () => LINE_HEIGHT * lines() + 8 + 2 * MARGIN;
   const options = { serialize: false, margin: MARGIN, getMinHeight: height, getMaxHeight: height };
   // `options.serialize` keeps it out of the prompt, `widget.serialize` out of the saved workflow.
@@ -48,11 +54,13 @@ function textOf(node) {
   return element;
 }
 
-/** Write on a node, which grows when it has to. @param {any} node @param {string} text */
+/** Write on a node, which grows when it has to, and shrinks again. @param {any} node @param {string} text */
 function show(node, text) {
+  const mine = heights.get(node) === node.size[1]; // nobody else has made it so high
   textOf(node).textContent = text;
   const [width, height] = node.computeSize();
-  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+  node.setSize([Math.max(width, node.size[0]), mine ? height : Math.max(height, node.size[1])]);
+  if (Math.abs(height - node.size[1]) < 1) heights.set(node, node.size[1]);
   node.setDirtyCanvas(true, true);
 }
 
@@ -79,11 +87,13 @@ async function rebuild(node) {
 
 /** Say on a Reward Model what its reward lacks; a node that never lacked anything stays small. @param {any} node */
 async function showMissing(node) {
-  const name = node.widgets.find((/** @type {any} */ w) => w.name === "reward").value;
+  const widget = node.widgets.find((/** @type {any} */ w) => w.name === "reward");
+  const name = widget.value;
   const answer = await api.fetchApi(`/densegrpo/reward?name=${encodeURIComponent(name)}`);
   if (!answer.ok) return;
   const { missing } = await answer.json();
-  if (missing || elements.has(node)) show(node, missing ? `not installed: ${missing}` : "ready");
+  if (widget.value !== name) return; // another one was chosen meanwhile
+  if (missing || elements.has(node)) show(node, missing ? `not installed: ${paragraphs(missing)}` : "ready");
 }
 
 /** Do that now and whenever another reward is chosen. @param {any} node */
@@ -131,6 +141,11 @@ app.registerExtension({
       before?.apply(this, arguments);
       if (output?.text) show(this, output.text.join("\n"));
     };
+  },
+
+  // Key R: files may have been put there.
+  refreshComboInNodes() {
+    for (const node of app.graph.nodes) if (node.comfyClass === REWARD_MODEL) showMissing(node);
   },
 
   loadedGraphNode(/** @type {any} */ node) {

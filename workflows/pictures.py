@@ -1,9 +1,11 @@
-"""Draws the pictures that stand for the methods in the template browser: ``python workflows/pictures.py``.
+"""Draws the pictures that stand for methods and tasks in the template browser: ``python workflows/pictures.py``.
 
-Time runs from left (noise) to right (image). Red zigzags are noisy steps, grey lines exact ones, dotted blue lines
-probes; squares are images that are scored, a green frame is a turning point. Needs Pillow.
+Those of methods: time runs from left (noise) to right (image). Red zigzags are noisy steps, grey lines exact ones,
+dotted blue lines probes; squares are images that are scored, a green frame is a turning point. Needs Pillow.
 """
 
+from collections.abc import Callable
+from math import sin
 from pathlib import Path
 
 from methods import METHODS, Method
@@ -123,11 +125,91 @@ def picture(method: Method, model: str) -> Image.Image:
     canvas = Canvas(4)
     draw = branches if branching else probed if every_state else chains
     draw(canvas, method)
-    canvas.draw.text((30, 22), method.title, WHITE, ImageFont.load_default(46))
-    canvas.draw.text((32, 82), model, GREY, ImageFont.load_default(20))
-    canvas.draw.text((LEFT - 25, BOTTOM + 18), "noise", GREY, ImageFont.load_default(18))
-    canvas.draw.text((RIGHT - 30, BOTTOM + 18), "image", GREY, ImageFont.load_default(18))
+    heading(canvas.draw, method.title, model)
+    write(canvas.draw, (LEFT - 25, BOTTOM + 18), "noise", 18, GREY)
+    write(canvas.draw, (RIGHT - 30, BOTTOM + 18), "image", 18, GREY)
     return canvas.image
+
+
+def heading(draw: ImageDraw.ImageDraw, title: str, below: str) -> None:
+    """What it is, and for which model."""
+    write(draw, (30, 22), title, 46, WHITE)
+    write(draw, (32, 82), below, 20, GREY)
+
+
+def write(
+    draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: float, colour: str, anchor: str = "la"
+) -> None:
+    """A line of text."""
+    draw.text(place, text, colour, ImageFont.load_default(size), anchor)
+
+
+def guarded(draw: ImageDraw.ImageDraw) -> None:
+    """Two scores rise, the one that is only measured falls, and the run stops."""
+    steps = [i / 60 for i in range(61)]
+    curves = (
+        ("trained", BLUE, lambda t: 300 - 150 * t),
+        ("trained", BLUE, lambda t: 335 - 135 * t**1.6),
+        ("only measured", GREEN, lambda t: 250 - 40 * t + 260 * max(0, t - 0.4) ** 1.6),
+    )
+    draw.line([(LEFT, 130), (LEFT, 360), (RIGHT + 20, 360)], GREY, 2)
+    for name, colour, height in curves:
+        line = [(LEFT + 390 * t, height(t) + 4 * sin(29 * t + len(name))) for t in steps]
+        draw.line(line, colour, 4, joint="curve")
+        write(draw, (line[-1][0] + 14, line[-1][1]), name, 20, colour, "lm")
+    for dot in range(130, 360, 9):
+        draw.line([(LEFT + 390, dot), (LEFT + 390, dot + 4)], RED, 3)
+    write(draw, (LEFT + 390, 376), "stop", 20, RED, "mm")
+
+
+def writing(draw: ImageDraw.ImageDraw) -> None:
+    """A sign with mistakes and one without, and what is read on them."""
+    for left, sign, colour, score in ((60, ("OPEM", "LAT"), RED, "0.75"), (370, ("OPEN", "LATE"), GREEN, "1.00")):
+        draw.rectangle([left, 130, left + 210, 310], BACK, BLUE, 4)
+        draw.line([(left + 55, 134), (left + 55, 165), (left + 155, 165), (left + 155, 134)], GREY, 3)
+        draw.rounded_rectangle([left + 28, 165, left + 182, 280], 10, "#e9e2d0")
+        for row, word in enumerate(sign):
+            write(draw, (left + 105, 200 + 46 * row), word, 44, BACK, "mm")
+        write(draw, (left + 105, 345), f"read: {score}", 28, colour, "mm")
+    draw.line([(290, 220), (340, 220)], WHITE, 4)
+    draw.polygon([(354, 220), (336, 210), (336, 230)], WHITE)
+
+
+def composition(draw: ImageDraw.ImageDraw) -> None:
+    """What a detector finds, and what it is checked for."""
+    draw.rectangle([60, 130, 330, 360], "#d9d4c8", BLUE, 4)
+    draw.rectangle([95, 230, 165, 315], "#d6403a")
+    draw.arc([135, 245, 192, 295], -90, 90, "#d6403a", 9)
+    boxes = [(85, 215, 202, 325, "cup")]
+    for x, y in ((262, 205), (278, 302)):
+        draw.ellipse([x - 30, y - 28, x + 30, y + 28], "#3f9d4a")
+        draw.line([(x, y - 26), (x + 8, y - 40)], "#6b4a2f", 5)
+        boxes.append((x - 38, y - 44, x + 38, y + 36, "apple"))
+    for left, top, right, bottom, name in boxes:
+        draw.rectangle([left, top, right, bottom], None, BACK, 2)
+        draw.rectangle([left, top - 18, left + 10 + 8 * len(name), top], BACK)
+        write(draw, (left + 5, top - 9), name, 15, WHITE, "lm")
+    for row, text in enumerate(("a cup", "two apples", "red", "green", "left of")):
+        y = 150 + 48 * row
+        draw.line([(375, y), (384, y + 10), (402, y - 14)], GREEN, 5, joint="curve")
+        write(draw, (425, y), text, 28, WHITE, "lm")
+
+
+TASKS: dict[str, tuple[str, str, Callable[[ImageDraw.ImageDraw], None]]] = {
+    "reward_mix_with_holdout": ("Two rewards, one guard", MODELS["demo"], guarded),
+    "ocr_text_rendering": ("Writing", MODELS["sd35"], writing),
+    "geneval_composition": ("Composition", MODELS["sd35"], composition),
+}
+"""Workflow -> title, model, what is drawn."""
+
+
+def task_picture(title: str, model: str, draw_on: Callable[[ImageDraw.ImageDraw], None]) -> Image.Image:
+    """The picture of a task."""
+    image = Image.new("RGB", SIZE, BACK)
+    draw = ImageDraw.Draw(image)
+    draw_on(draw)
+    heading(draw, title, model)
+    return image
 
 
 def main() -> None:
@@ -136,6 +218,8 @@ def main() -> None:
         for model, title in MODELS.items():
             if model != "flux" or method.flux:
                 picture(method, title).save(FOLDER / f"{key}_{model}.jpg", quality=88)
+    for name, task in TASKS.items():
+        task_picture(*task).save(FOLDER / f"{name}.jpg", quality=88)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from graph import Graph, Node
 from methods import METHODS
 from notes import GENEVAL_COMPOSITION, HUMAN_VOTES, OCR_TEXT_RENDERING, REWARD_MIX
-from training import MakeReward, Task, demo_base, demo_values, from_menu, sd35_base, sd35_values, training
+from training import MakeReward, Task, demo_base, demo_values, from_menu, reward_model, sd35_base, sd35_values, training
 
 QUOTED = """\
 a shop window with the words "OPEN LATE"
@@ -63,9 +63,7 @@ def mix(*named: tuple[str, float, str]) -> MakeReward:
     """(label, weight, title) each, all normalised by themselves and added."""
 
     def make(graph: Graph) -> tuple[Node, list[Node]]:
-        parts = [
-            graph.add("DenseGRPORewardModel", title, reward=label, weight=weight) for label, weight, title in named
-        ]
+        parts = [reward_model(graph, label, title, weight=weight) for label, weight, title in named]
         links = {f"reward_{i}": part[0] for i, part in enumerate(parts, 1)}
         return graph.add("DenseGRPOCombineRewards", **links, mode="gdpo"), parts
 

@@ -21,6 +21,8 @@ DEMO_UPDATE = {
     "ema_every": 1,
 }
 HELD_OUT_TITLE = "Training Prompts (held out: only to measure)"
+ROOM = {"ocr": (440, 160), "clipscore": (440, 294), "pickscore": (440, 294), "geneval partial": (440, 294)}
+"""Sizes of a Reward Model with room for the text that says what is not installed."""
 
 
 MakeReward = Callable[[Graph], tuple[Node, Sequence[Node]]]
@@ -60,11 +62,14 @@ def training(graph: Graph, base: Base, method: Method, values: Values, name: str
     seen = [see(graph, base, links, values)] if look else []
     loop = train_loop(graph, base, links, values, name)
     second = [parts.pop(socket) for socket in ("update", "credit") if socket in parts]
+    rewards = [*base.parts, base.reward, base.watched]
+    apart = any(node.size[0] > 300 for node in rewards)
+    columns = [rewards, [*parts.values()], second] if apart else [[*rewards, *parts.values()], second]
     number = iter(range(3, 6))
     graph.arrange(
         [Group("Read me", "grey", [[base.start]])],
         [Group("1  Model and prompts", "blue", base.columns)],
-        [Group("2  Reward and method", "green", [[*base.parts, base.reward, base.watched, *parts.values()], second])],
+        [Group("2  Reward and method", "green", columns)],
         *([Group(f"{next(number)}  See what is compared", "grey", [column])] for column in seen),
         [Group(f"{next(number)}  Train", "purple", [[loop]])],
         [results(graph, loop, lora, next(number))],
@@ -143,9 +148,14 @@ def demo_base(graph: Graph, text: str, reward: str | MakeReward, **prompts: Any)
     return Base(start, [[model, train, held_out]], model[0], model[2], train, held_out, rewarded, watched, parts)
 
 
+def reward_model(graph: Graph, label: str, title: str = "", **widgets: Any) -> Node:
+    """A Reward Model."""
+    return graph.add("DenseGRPORewardModel", title, size=ROOM.get(label, (300, 0)), reward=label, **widgets)
+
+
 def from_menu(label: str) -> MakeReward:
     """One Reward Model."""
-    return lambda graph: (graph.add("DenseGRPORewardModel", reward=label), ())
+    return lambda graph: (reward_model(graph, label), ())
 
 
 def demo_values(method: Method, **update: Any) -> Values:
@@ -178,7 +188,7 @@ def large_base(
     train = graph.add("DenseGRPOTrainingPrompts", clip=clip, **task.train, size=(340, 320))
     held_out = graph.add("DenseGRPOTrainingPrompts", HELD_OUT_TITLE, clip=clip, **task.held_out, size=(340, 250))
     reward, made_of = task.reward(graph)
-    watched = graph.add("DenseGRPORewardModel", "Reward Model (only measured)", reward=task.watched)
+    watched = reward_model(graph, task.watched, "Reward Model (only measured)")
     return Base(start, [loaders, [train, held_out]], model, vae, train, held_out, reward, watched, made_of)
 
 

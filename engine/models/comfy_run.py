@@ -25,7 +25,7 @@ from ..lora import LoraSettings, LoraTensors, read_lora, write_lora
 from ..noise_table import check_table, describe, make_table, read_table
 from ..pictures import to_tensor
 from ..recipes import make_recipe
-from ..rewards import make_panel
+from ..rewards import make_panel, what_is_scored
 from ..run import Run
 from ..session import BEST_LORA, Progress, Session
 from .comfy import training_session
@@ -145,15 +145,17 @@ def find_run(config: RunConfig, out: Path, resume: bool) -> Run:
             f"run {config.name!r} was started with other settings ({', '.join(changed)}); set them back, "
             "choose another run_name, or turn resume off"
         )
-    return run.continued(config.training.iterations, config.evaluation.stop_when_gamed)
+    return run.adopt(config)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Names of settings that differ and matter."""
-    harmless = {"iterations", "sample_batch", "train_batch", "stop_when_gamed"}
+    harmless = {"iterations", "sample_batch", "train_batch", "stop_when_gamed", "alarm_after", "max_missing"}
     found = []
     for key, before in asdict(old).items():
         after = asdict(new)[key]
+        if key in ("rewards", "held_out_rewards"):
+            before, after = (list(map(what_is_scored, entries)) for entries in (before, after))
         if isinstance(before, dict) and isinstance(after, dict):
             found += [k for k in before.keys() | after.keys() if before.get(k) != after.get(k) and k not in harmless]
         elif before != after and key != "name":

@@ -120,7 +120,17 @@ def label_of(name: str, options: Mapping[str, Any]) -> str:
     return " ".join([name, *(str(value) for key, value in meaning.items() if value != defaults[key])])
 
 
+def what_is_scored(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A configured reward without the options that only say how it is computed."""
+    return {key: value for key, value in entry.items() if key not in COMPUTING}
+
+
+def published(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A configured reward as a LoRA's header may show it to the world: without addresses and names of keys."""
+    return {key: value for key, value in what_is_scored(entry).items() if key not in ("url", "base_url")}
+
+
 def meaning_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that decide what is scored, with their defaults."""
     known = {key: option.default for key, option in reward_options(name).items()}
-    return {key: value for key, value in {**known, **options}.items() if key not in COMPUTING}
+    return what_is_scored({**known, **options})

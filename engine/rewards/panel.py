@@ -144,7 +144,8 @@ class Scoring:
     def add(self, images: Tensor, prompts: Sequence[Prompt], groups: Tensor | None = None) -> None:
         """Score some more images [N, 3, H, W]; ``groups`` [N] says which of them compete."""
         batch = RewardBatch(images, [p.text for p in prompts], [p.metadata for p in prompts], groups)
-        self.batches.append(batch)
+        if self.panel.interactive:  # the others have seen it: an iteration's images fill gigabytes
+            self.batches.append(batch)
         for member, worker, answers in zip(self.panel.members, self.workers, self.answers, strict=True):
             if worker:
                 answers.append(worker.submit(lambda member=member: ask(member.label, member.reward, batch)))

@@ -1,18 +1,15 @@
 // node browser.mjs HOST CHROMIUM MODULES PICTURES
 // A newcomer's first minutes: opens the template browser, loads quickstart_demo, runs it, reloads the page.
 // Prints one line of JSON that test_browser.py judges. MODULES holds playwright-core, PICTURES gets screenshots.
-import { createRequire } from "node:module";
 import path from "node:path";
 
+import { launch, pressRun, ready, SECOND, TRAIN_LOOP, visit } from "./comfy_page.mjs";
+
 const [host, executablePath, modules, pictures] = process.argv.slice(2);
-const { chromium } = createRequire(path.join(modules, "package.json"))("playwright-core");
 
 const PACK = "ComfyUI-DenseGRPO";
 const TEMPLATE = "quickstart_demo";
-const TRAIN_LOOP = "DenseGRPOTrainLoop";
 const ITERATIONS = 2;
-const SECOND = 1000;
-const OFFLINE = ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
 
 /** All that is written on or drawn below the nodes of a type, and what the page heard of runs. */
 const seen = (page) =>
@@ -22,22 +19,14 @@ const seen = (page) =>
     return { texts, preview: Boolean(node?.imgs?.length), ...window.heard };
   }, TRAIN_LOOP);
 
-/** Until the graph and all node types are there. */
-async function open(page) {
-  await page.waitForFunction(
-    () => window.app?.graph && app.extensionManager && Object.keys(LiteGraph.registered_node_types).length > 50,
-    null,
-    { timeout: 120 * SECOND },
-  );
-}
-
 /** By hand, as the README says. The first visit of all opens the dialog by itself. */
 async function loadTemplate(page) {
   const pack = page.getByRole("option", { name: PACK });
   try {
     await pack.waitFor({ timeout: 5 * SECOND });
   } catch {
-    await page.getByLabel("Templates").first().click();
+    // A slow page may open it just now, over the button.
+    await page.getByLabel("Templates").first().click({ timeout: 10 * SECOND }).catch(() => {});
   }
   await pack.click({ timeout: 20 * SECOND });
   // Only the first twelve are there until one scrolls, in the order of the folder.
@@ -56,14 +45,34 @@ async function fit(page) {
   await page.waitForTimeout(SECOND);
 }
 
-const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu", ...OFFLINE] });
+/** What a Reward Model says of a reward that lacks something, and after key R once it is there; with its height. */
+async function rewardModel(page) {
+  let missing = "no folder; needed are files. Get them with:  get them from somewhere; package x is not installed";
+  await page.route("**/densegrpo/reward?name=clipscore", (route) => route.fulfill({ json: { missing } }));
+  const state = () =>
+    page.evaluate(() => ({ text: document.querySelector(".densegrpo-text")?.textContent, height: node.size[1] }));
+  await page.evaluate(() => {
+    app.graph.clear();
+    window.node = LiteGraph.createNode("DenseGRPORewardModel");
+    app.graph.add(node);
+    const widget = node.widgets.find(({ name }) => name === "reward");
+    widget.value = "clipscore";
+    widget.callback("clipscore");
+  });
+  const before = await state();
+  await page.locator(".densegrpo-text").waitFor({ state: "attached", timeout: 10 * SECOND });
+  const lacking = await state();
+  missing = "";
+  await page.keyboard.press("r");
+  await page.locator(".densegrpo-text", { hasText: "ready" }).waitFor({ state: "attached", timeout: 10 * SECOND });
+  return { before, lacking, ready: await state() };
+}
+
+const browser = await launch(executablePath, modules);
 try {
   const page = await browser.newPage({ viewport: { width: 2700, height: 1300 } });
   const errors = [];
-  page.on("pageerror", (error) => errors.push(String(error.stack)));
-  await page.route((url) => !url.href.startsWith(host), (route) => route.abort());
-  await page.goto(host);
-  await open(page);
+  await visit(page, host, errors);
   await loadTemplate(page);
   await page.waitForFunction((type) => app.graph.nodes.some((n) => n.type === type), TRAIN_LOOP);
   await fit(page);
@@ -87,7 +96,7 @@ try {
     [TRAIN_LOOP, ITERATIONS],
   );
   const node = await page.evaluate((type) => String(app.graph.nodes.find((n) => n.type === type).id), TRAIN_LOOP);
-  await page.getByTestId("queue-button").getByLabel("Run").first().click();
+  await pressRun(page);
   await page.waitForFunction(() => heard.rows >= 2 || heard.end, null, { timeout: 180 * SECOND });
   await page.screenshot({ path: path.join(pictures, "3_running.png") });
   const running = await seen(page);
@@ -99,13 +108,14 @@ try {
   await page.waitForTimeout(2 * SECOND); // the page keeps the graph for the next visit
 
   await page.reload();
-  await open(page);
+  await ready(page);
   await page.waitForFunction(() => document.querySelector(".densegrpo-text")?.textContent.includes("iteration"), null, {
     timeout: 20 * SECOND,
   }).catch(() => {});
   await page.screenshot({ path: path.join(pictures, "5_reloaded.png") });
   const reloaded = await seen(page);
-  console.log(JSON.stringify({ node, running, done, saved, reloaded, errors }));
+  const reward = await rewardModel(page);
+  console.log(JSON.stringify({ node, running, done, saved, reloaded, reward, errors }));
 } finally {
   await browser.close();
 }

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { append, change, duration, newest, remaining, summary } from "../../web/format.js";
+import { append, change, countLines, duration, newest, paragraphs, remaining, summary } from "../../web/format.js";
 
 const before = { iteration: 0, evaluation: { jpeg: -2, "held-out/shapes strict": 0.5 } };
 const first = { iteration: 1, reward: 0.4, seconds: 3 };
@@ -66,4 +66,26 @@ test("a row is added only right after its predecessor in the same run", () => {
   assert.equal(append(status, { run: "other", total: 4, row: second }), null);
   assert.equal(append(status, { run: "r", total: 4, row: first }), null);
   assert.equal(append(undefined, { run: "r", total: 4, row: before }), null);
+});
+
+test("a command stands on a line of its own", () => {
+  assert.equal(
+    paragraphs("no folder; needed are a. Get them with:  hf get a --to c; package x is missing; get it with:  pip x"),
+    "no folder; needed are a. Get them with:\nhf get a --to c\npackage x is missing; get it with:\npip x",
+  );
+  assert.equal(paragraphs("nothing: to copy; here"), "nothing: to copy; here");
+});
+
+test("lines are counted as they are broken", () => {
+  assert.equal(countLines("", 10), 1);
+  assert.equal(countLines("one two", 7), 1);
+  assert.equal(countLines("one two ", 7), 1, "a blank may stand over the edge");
+  assert.equal(countLines("one two", 6), 2);
+  assert.equal(countLines("one\n\ntwo", 6), 3);
+  assert.equal(countLines("aa bb cc dd", 5), 2);
+  assert.equal(countLines("aa bb-cc dd", 6), 2, "broken after the hyphen");
+  assert.equal(countLines("abcde", 5), 1);
+  assert.equal(countLines("a abcdefghijkl", 5), 4, "a long word starts a line and is cut");
+  assert.equal(countLines("abcdefg hi", 5), 2, "what is left of a long word is followed by others");
+  assert.equal(countLines("abcdefg hijk", 5), 3);
 });

@@ -122,8 +122,8 @@ def read_key(variable: str) -> str:
         return ""
     if not KEY_VARIABLE.fullmatch(variable):
         raise ValueError(
-            f"api_key_variable is the name of an environment variable that holds the key, and must start with "
-            f"DENSEGRPO_ and end with API_KEY, such as DENSEGRPO_API_KEY, got {shortened(variable)}: others belong to "
+            "api_key_variable is the name of an environment variable that holds the key, and must start with "
+            "DENSEGRPO_ and end with API_KEY, such as DENSEGRPO_API_KEY (not the key itself): others belong to "
             "other programs, and a workflow must not be able to send them away"
         )
     key = os.environ.get(variable, "").strip()
