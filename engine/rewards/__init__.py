@@ -60,7 +60,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 COMMON = {
     "weight": Option(float, Knob(-1000.0, 1000.0, "weight in the sum; negative punishes"), 1.0),
     "cap": Option(float, Knob(-1e9, 1e9, "scores above count as this much: good enough"), None),
-    "min_std": Option(float, Knob(0.0, 1e9, "where a group's scores differ less they teach nothing"), 0.0),
+    "min_std": Option(
+        float, Knob(0.0, 1e9, "where a group's scores (step-wise: gains) differ less they teach nothing"), 0.0
+    ),
     "rank": Option(bool, flag("train on the rank within the group instead of the score"), False),
 }
 """What every reward of a run can have beside its own options."""
