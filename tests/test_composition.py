@@ -20,7 +20,7 @@ TRAIN = torch.ones(8, 2, dtype=torch.bool)
 
 def credit_of(*views):
     """Each view: 8 numbers, the same at both steps -> [V, 8, 2]."""
-    return torch.tensor(views).float()[..., None].expand(-1, -1, 2)
+    return torch.tensor(views, dtype=torch.float64)[..., None].expand(-1, -1, 2)
 
 
 def advantages(credit, weights=None, rules=None, **options):

@@ -14,6 +14,7 @@ from densegrpo.engine.evaluate import evaluate
 from densegrpo.engine.protocols import RewardResult
 from densegrpo.engine.rewards import Panel
 from densegrpo.engine.train import TrainSettings, train
+from flat_rows import flat
 from method_variants import NAMES, PROMPTS, VARIANTS, Counting, Recording, panel, small
 from safetensors.torch import load_file
 
@@ -45,12 +46,6 @@ def launch(processes, *arguments):
 def numbers(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [flat({k: v for k, v in row.items() if not k.startswith("seconds")}) for row in rows]
-
-
-def flat(row):
-    """Numbers by reward under one name each."""
-    nested = {f"{k}/{name}": v for k, values in row.items() if isinstance(values, dict) for name, v in values.items()}
-    return flat(nested | {k: v for k, v in row.items() if not isinstance(v, dict)}) if nested else row
 
 
 def on_one_and_on_two(tmp_path, groups, **method):

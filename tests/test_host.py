@@ -15,6 +15,7 @@ from comfy_host import ROOT
 from densegrpo.engine.cli import main
 from densegrpo.engine.protocols import RewardBatch
 from densegrpo.engine.rewards import make_reward
+from flat_rows import flat
 from host_client import STEPS, host, sampling, server, training  # noqa: F401
 from PIL import Image
 from safetensors import safe_open
@@ -43,7 +44,7 @@ def lora_menu(server):  # noqa: F811
 
 def numbers(rows):
     """Metrics without times."""
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+    return [flat({k: v for k, v in row.items() if not k.startswith("seconds")}) for row in rows]
 
 
 def assert_close(rows, others, tolerance):

@@ -127,7 +127,7 @@ def no_memory(graph, server):  # noqa: F811
     ("spoil", "message"),
     [
         (no_prompts, "Training Prompts: the list of prompts has no prompts; add at least one line"),
-        (no_metadata, "GRPO Train Loop: reward shapes partial: prompt 'a cat': "),
+        (no_metadata, "GRPO Train Loop: reward shapes partial: prompt 2: prompt 'a cat': "),
         (not_flow_matching, "GRPO Train Loop: this MODEL (SD3, of kind EPS) is not a flow-matching model"),
         (odd_size, "GRPO Train Loop: width must be a multiple of 16 for this model, got 72; take 64 or 80"),
         (bad_targets, "GRPO Train Loop: lora: targets 'nothing like this' match no linear layer"),

@@ -55,11 +55,13 @@ async function rewardModel(page) {
     app.graph.clear();
     window.node = LiteGraph.createNode("DenseGRPORewardModel");
     app.graph.add(node);
+  });
+  const before = await state();
+  await page.evaluate(() => {
     const widget = node.widgets.find(({ name }) => name === "reward");
     widget.value = "clipscore";
     widget.callback("clipscore");
   });
-  const before = await state();
   await page.locator(".densegrpo-text").waitFor({ state: "attached", timeout: 10 * SECOND });
   const lacking = await state();
   missing = "";
