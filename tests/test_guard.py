@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from densegrpo.engine import cli
+from densegrpo.engine import guard as guard_module
 from densegrpo.engine.config import make_config
 from densegrpo.engine.guard import Guard, Snapshot, change
 from densegrpo.engine.image_statistics import image_statistics
@@ -89,6 +90,23 @@ def test_a_change_smaller_than_its_own_uncertainty_is_none():
     for i in range(6):
         h = torch.randn(N, generator=noise)  # its mean wanders by 0.125
         assert guard.add(i, {"t": rising(0.1 * i), "h": h}) == []
+
+
+def false_alarms(runs, evaluations=20):
+    """Share of runs that alarm although the held-out reward only fluctuates while the trained one rises."""
+    random, found = torch.Generator().manual_seed(0), 0
+    for _ in range(runs):
+        guard, own = Guard({"t": 1.0}, {"h": 1.0}, 2), 0.7 * torch.randn(N, generator=random)
+        scores = [own + 0.7 * torch.randn(N, generator=random) for _ in range(evaluations)]
+        found += any(guard.add(i, {"t": torch.full((N,), float(i)), "h": h}) for i, h in enumerate(scores))
+    return found / runs
+
+
+def test_a_reward_that_only_fluctuates_seldom_alarms(monkeypatch):
+    """The number of the documentation, 1 %, and why a change of two standard errors is not enough."""
+    assert false_alarms(200) <= 0.05
+    monkeypatch.setattr(guard_module, "SIGMAS", 2.0)
+    assert false_alarms(50) >= 0.15
 
 
 def test_the_change_is_measured_image_by_image():
