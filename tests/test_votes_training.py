@@ -57,19 +57,19 @@ class Voter(threading.Thread):
     def run(self):
         showing = None
         while not self.over.wait(0.02):
-            if self.port is None:
-                continue
-            try:
-                state = json.loads(self.ask("POST", "look", {"voter": "me", "active": True, "showing": showing}))
-            except OSError:
-                continue  # the run is over, the page is gone
-            group = state.get("group")
-            if not group:
-                showing = None
-                continue
-            showing = group["id"]
-            images = sorted(group["images"], key=self.darkness, reverse=True)
-            self.vote(state, images)
+            if self.port is not None:
+                try:
+                    showing = self.look(showing)
+                except OSError:  # the run is over: the page, or an image of it, is gone
+                    continue
+
+    def look(self, showing):
+        """Vote on what the page shows; returns it."""
+        state = json.loads(self.ask("POST", "look", {"voter": "me", "active": True, "showing": showing}))
+        group = state.get("group")
+        if group:
+            self.vote(state, sorted(group["images"], key=self.darkness, reverse=True))
+        return group and group["id"]
 
     def vote(self, state, images):
         self.groups.append(images)
