@@ -84,9 +84,9 @@ def evaluate(
 
 def all_names(world: World, names: Iterable[str]) -> list[str]:
     """The names that any process has, in the same order on all of them."""
-    letters = "".join(f"{name}\n" for name in names).encode()
+    letters = "".join(f"{name}\0" for name in names).encode()  # a name may have several lines
     gathered = world.gather(torch.tensor(list(letters), dtype=torch.uint8))
-    return list(dict.fromkeys(bytes(gathered.tolist()).decode().splitlines()))
+    return list(dict.fromkeys(bytes(gathered.tolist()).decode().split("\0")[:-1]))
 
 
 @torch.no_grad()

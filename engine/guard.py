@@ -83,10 +83,8 @@ class Guard:
     def risen(self, old: Snapshot, new: Snapshot) -> bool:
         """Whether any trained reward improved; True when none of them is evaluated, as people's votes."""
         known = self.evaluated(old)
-        known = {label: weight for label, weight in known.items() if comparable(old, new, label)}
-        return not self.evaluated(old) or any(
-            change(old, new, label) * (-1 if w < 0 else 1) > SIGMAS for label, w in known.items()
-        )
+        both = [(label, weight) for label, weight in known.items() if comparable(old, new, label)]
+        return not known or any(change(old, new, label) * (-1 if w < 0 else 1) > SIGMAS for label, w in both)
 
     def evaluated(self, snapshot: Snapshot) -> dict[str, float]:
         """The trained rewards that evaluations have, with their weights; people's votes are none."""

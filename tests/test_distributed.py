@@ -167,15 +167,15 @@ def test_a_reward_that_fails_on_one_process_does_not_stop_the_others():
     barrier, table = Barrier(2), [None, None]
 
     def evaluated(rank):
-        model, panel = Counting(), Panel([("d", Detailed(rank == 1), 1.0)])
+        model, panel = Counting(), Panel([("d\nof two lines", Detailed(rank == 1), 1.0)])
         cond, world = model.encode([p.text for p in PROMPTS]), Half(rank, barrier, table)
         return evaluate(model, cond, PROMPTS, panel, world, num_steps=2, images_per_prompt=1, batch=4)
 
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(evaluated, range(2))
-    assert list(first.scores) == list(second.scores) == ["d", "d/part"]
-    assert first.scores["d/part"].isnan().tolist() == [i % 2 == 1 for i in range(len(PROMPTS))]
-    assert list(second.errors) == ["d: OSError: no room"] * (len(PROMPTS) // 2)
+    assert list(first.scores) == list(second.scores) == ["d\nof two lines", "d\nof two lines/part"]
+    assert first.scores["d\nof two lines/part"].isnan().tolist() == [i % 2 == 1 for i in range(len(PROMPTS))]
+    assert list(second.errors) == ["d\nof two lines: OSError: no room"] * (len(PROMPTS) // 2)
 
 
 @pytest.mark.slow

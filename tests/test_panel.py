@@ -261,3 +261,8 @@ def test_reasons_and_skips_of_parts_keep_their_images():
         found = scoring.collect()
     assert found.skipped.tolist() == [False, False, True, False, False, True]
     assert list(found.errors) == ["near: blurred"] * 2
+
+
+def test_a_label_is_one_line_even_of_a_question_with_several():
+    entry = {"name": "vlm_judge", "preset": "own", "question": "Is this\n{prompt}?\n\nYes or no?"}
+    assert [member.label for member in members([entry])] == ["vlm_judge own Is this {prompt}? Yes or no?"]

@@ -220,7 +220,7 @@ a file for the `input` folder
 - no PickScore at hand: choose another reward for the node *only measured*
 - out of memory: lower `train_batch`, then `sample_batch`
 
-A long run: hours. Try `iterations` 2 first. Reading takes about 0.3 s per image of the processor's time.
+A long run: hours. Try `iterations` 2 first. Reading takes about 0.2 s per image of the processor's time.
 """
 
 GENEVAL_COMPOSITION = f"""

@@ -119,7 +119,8 @@ def label_of(name: str, options: Mapping[str, Any]) -> str:
         if variant["name"] == name and meaning == meaning_of(name, {k: v for k, v in variant.items() if k != "name"}):
             return label
     defaults = meaning_of(name, {})
-    return " ".join([name, *(str(value) for key, value in meaning.items() if value != defaults[key])])
+    words = " ".join([name, *(str(value) for key, value in meaning.items() if value != defaults[key])])
+    return " ".join(words.split())  # on one line: it heads columns and stands beside progress bars
 
 
 def what_is_scored(entry: Mapping[str, Any]) -> dict[str, Any]:
