@@ -148,10 +148,19 @@ def test_two_groups_of_one_prompt_are_two(host, tmp_path):
     assert [len(group["images"]) for group in people.asked] == [3, 3]
 
 
-def test_images_are_not_served_when_nobody_is_asked_about_them(host, tmp_path):
-    with (reward := HumanVote()).session(tmp_path), People(like_first):
+def test_images_are_served_until_the_next_votes_are_in(host, tmp_path):
+    """A page may be loading them when somebody else closes the last group; then they would be broken on it."""
+    served = []
+
+    def look(group):
+        served.append([ROOMS[-1].image(name) is not None for asked in people.asked for name in asked["images"]])
+        return like_first(group)
+
+    with (reward := HumanVote()).session(tmp_path), People(look) as people:
         reward(batch())
-        assert ROOMS[-1].files == {}
+        reward(batch(seed=1))
+        assert all(map(all, served))
+        assert not any(ROOMS[-1].image(name) for asked in people.asked[:2] for name in asked["images"])
 
 
 def test_what_was_voted_or_skipped_before_a_crash_is_not_asked_again(host, tmp_path):

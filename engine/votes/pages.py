@@ -80,8 +80,7 @@ def get(room: "Room | None", path: str) -> Reply:
         return Reply(200, (FOLDER / file).read_bytes(), kind)
     if path == "open":
         return Reply(200, json.dumps({"open": room is not None}).encode())
-    # The name is looked up among the images of the open groups: it never becomes a path.
-    image = room.files.get(path.removeprefix("images/").removesuffix(".png")) if room else None
+    image = room.image(path.removeprefix("images/").removesuffix(".png")) if room else None
     if image is None:
         return refusal(404, "there is nothing here (any more)")
     return Reply(200, image, "image/png", "private, max-age=86400, immutable")

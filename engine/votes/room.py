@@ -48,6 +48,8 @@ class Room:
         """Only a page of this run can stop it."""
         self.files: dict[str, bytes] = {}
         """Name -> PNG of what is asked about now."""
+        self.late: dict[str, bytes] = {}
+        """What was asked about before: a page may be loading it at the moment somebody else closes the last group."""
         self.stopped = False
 
     def record(self, group: Group, voter: str, ballot: Ballot | None) -> None:
@@ -67,8 +69,12 @@ class Room:
             wait_until(self.board.settled, math.inf)
         finally:
             answers = self.board.take_down()
-            self.files = {}
+            self.files, self.late = {}, self.files
         return {group: [b for b in ballots.values() if b is not None] for group, ballots in answers.items()}
+
+    def image(self, name: str) -> bytes | None:
+        """The PNG of that name, if it is or was just asked about. The name never becomes a path."""
+        return self.files.get(name) or self.late.get(name)
 
     def state(self, voter: str, showing: str | None = None) -> dict[str, Any]:
         """What a page of that voter shows; ``showing`` is the group on it."""
