@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .checkpoint import SaveError, write_text
 from .compare_plan import Budget, Comparison, Job
+from .packages import pip_install
 from .run import Run
 
 Worker = subprocess.Popen[bytes]
@@ -33,7 +34,7 @@ def compare(comparison: Comparison, out: Path, base: Path, processes: int) -> tu
     if processes < 1:
         raise ValueError(f"processes (runs at a time) must be at least 1, got {processes}")
     if find_spec("matplotlib") is None:
-        raise ValueError("the report of a comparison needs matplotlib; install it with `pip install densegrpo[cli]`")
+        raise ValueError(f"the report of a comparison needs matplotlib; get it with:  {pip_install('matplotlib')}")
     from .compare_report import write_comparison
 
     folder = out / comparison.name

@@ -13,6 +13,7 @@ from ..engine.errors import errors_named
 from ..engine.knobs import options_of
 from ..engine.models.comfy_run import Encoded, calibrate_model, reuse_table
 from ..engine.models.comfy_settings import ComfySettings
+from ..engine.rewards.kept import holding
 from ..engine.train import TrainSettings
 from . import sockets
 from .progress import runs_folder
@@ -57,7 +58,7 @@ class CalibrateExploration(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, vae: Any, **inputs: Any) -> io.NodeOutput:
         sampler, reward = inputs["sampler"], inputs["reward"]
-        with errors_named("Calibrate Exploration"):
+        with errors_named("Calibrate Exploration"), holding(reward.kept):
             if inputs["reuse"] != CALIBRATE:
                 path = tables_folder() / inputs["reuse"]
                 found = reuse_table(model, settings(inputs), sampler["num_steps"], path)

@@ -8,6 +8,7 @@ from ..engine.errors import errors_named
 from ..engine.knobs import options_of
 from ..engine.models.comfy_run import Encoded, inspect_model
 from ..engine.models.comfy_settings import ComfySettings
+from ..engine.rewards.kept import holding
 from ..engine.train import TrainSettings
 from . import sockets
 from .mapping import method_of
@@ -57,7 +58,7 @@ class InspectRollout(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, vae: Any, **inputs: Any) -> io.NodeOutput:
         reward, sampler = inputs["reward"], inputs["sampler"]
-        with errors_named("Inspect Rollout"):
+        with errors_named("Inspect Rollout"), holding(reward.kept):
             strip = inspect_model(
                 model,
                 vae,

@@ -9,6 +9,7 @@ from server import PromptServer
 
 from ..engine.errors import errors_named
 from ..engine.rewards import MODES, VARIANTS
+from ..engine.rewards.kept import Place, holding
 from ..engine.tryout import missing, score_images
 from . import sockets
 from .widgets import CATEGORY
@@ -85,8 +86,9 @@ class CombineRewards(io.ComfyNode):
 
     @classmethod
     def execute(cls, mode: str, **rewards: sockets.RewardChoice | None) -> io.NodeOutput:
-        entries = tuple(entry for choice in rewards.values() if choice for entry in choice.entries)
-        return io.NodeOutput(sockets.RewardChoice(entries, mode))
+        choices = [choice for choice in rewards.values() if choice]
+        entries = tuple(entry for choice in choices for entry in choice.entries)
+        return io.NodeOutput(sockets.RewardChoice(entries, mode, Place(*(choice.kept for choice in choices))))
 
 
 class RewardScore(io.ComfyNode):
@@ -119,7 +121,7 @@ class RewardScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: Any, reward: sockets.RewardChoice, prompt: str) -> io.NodeOutput:
-        with errors_named("Reward Score"):
+        with errors_named("Reward Score"), holding(reward.kept):
             annotated, scores, text = score_images(images, prompt, reward.entries, reward.mode)
         return io.NodeOutput(annotated, scores, ui={"text": [text]})
 

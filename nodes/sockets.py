@@ -1,12 +1,13 @@
 """The link types between our nodes, and what travels on them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from comfy_api.latest import io
 
 from ..engine.data import Prompt
+from ..engine.rewards.kept import Place
 
 Prompts = io.Custom("DENSEGRPO_PROMPTS")
 Reward = io.Custom("DENSEGRPO_REWARD")
@@ -38,3 +39,5 @@ class RewardChoice:
     entries: tuple[Options, ...]
     """Configured rewards with their weights."""
     mode: str = "each"
+    kept: Place = field(default_factory=Place, compare=False, repr=False)
+    """Holds the models that scored for it, so that they go when the host drops this choice from its cache."""

@@ -10,6 +10,7 @@ from ..engine.errors import errors_named
 from ..engine.knobs import options_of
 from ..engine.models.comfy_run import Encoded, train_model
 from ..engine.models.comfy_settings import ComfySettings
+from ..engine.rewards.kept import Place, holding
 from ..engine.train import TrainSettings
 from . import sockets
 from .mapping import method_of
@@ -60,7 +61,7 @@ class TrainLoop(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, vae: Any, **inputs: Any) -> io.NodeOutput:
-        with errors_named("GRPO Train Loop"):
+        with errors_named("GRPO Train Loop"), holding(place(inputs)):
             trained = train_model(
                 model,
                 vae,
@@ -161,6 +162,12 @@ def held_out(inputs: Mapping[str, Any]) -> Encoded | None:
     """The held-out prompts, if any."""
     prompts = inputs.get("held_out_prompts")
     return Encoded(*vars(prompts).values()) if prompts else None
+
+
+def place(inputs: Mapping[str, Any]) -> Place:
+    """What holds the models that score: they go when the host drops one of the rewards."""
+    held_out_reward = inputs.get("held_out_reward")
+    return inputs["reward"].kept.shared_with(held_out_reward.kept if held_out_reward else None)
 
 
 def settings(inputs: Mapping[str, Any]) -> ComfySettings:

@@ -172,5 +172,5 @@ def test_weights_in_a_pickle_are_not_opened(tmp_path):
 
 def test_without_diffusers_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr("densegrpo.engine.models.diffusers.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'densegrpo\[diffusers\]'"):
+    with pytest.raises(ValueError, match=r'pip install "diffusers>=0\.35" "transformers>=4\.45"$'):
         load(folder_of("sd3"))

@@ -194,7 +194,8 @@ def test_a_missing_transformers_is_named_with_the_remedy(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     (problem,) = make(name).validate(["a"], [{}])
     assert problem.endswith(
-        "transformers, 4.46 or newer, is not installed; get it with:  pip install 'transformers>=4.46'"
+        "transformers, 4.46 or newer, is not installed; get it with:  "
+        f'{sys.executable} -m pip install "transformers>=4.46"'
     )
 
 
@@ -236,7 +237,7 @@ def test_what_a_reward_needs_is_named_with_size_licence_and_command(name, tmp_pa
         assert need.repository in described(need)
         assert f"({need.size}, licence {need.licence})" in missing(need)
         assert need.command.format(folder=tmp_path / need.folder) in missing(need)
-    assert "is in none of" in make(name).validate([], [])[0]
+    assert "is not there (looked in" in make(name).validate([], [])[0]
 
 
 @every_reward

@@ -127,7 +127,8 @@ def test_the_engine_sees_8_bits_blue_first(monkeypatch):
 def test_a_missing_package_is_named_with_the_command_that_gets_it(monkeypatch, lacking):
     monkeypatch.setattr(ocr.importlib.util, "find_spec", lambda name: None if name == lacking else object())
     (problem,) = Ocr().validate(['a "good" one'], [{}])
-    assert problem == f"reading text needs the package {lacking}; get it with:  pip install rapidocr onnxruntime"
+    command = f"{sys.executable} -m pip install rapidocr onnxruntime"
+    assert problem == f"reading text needs {lacking}; get it with:  {command}"
 
 
 @with_engine

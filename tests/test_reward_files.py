@@ -85,7 +85,7 @@ def test_a_file_of_a_model_may_not_be_a_link_to_elsewhere(root, tmp_path):
 )
 def test_a_missing_model_is_described_with_the_command_that_gets_it(root, name, parts):
     problem = problem_with(name)
-    for part in ["is in none of", str(root), *parts]:
+    for part in ["is not there (looked in", str(root), *parts]:
         assert part in problem
     command = "hf download " + ("xswu/HPSv2 HPS_v2.1_compressed.pt" if name == "hpsv2" else parts[0])
     assert command in problem
@@ -273,6 +273,21 @@ def test_a_pickle_with_code_is_refused_and_not_executed(root, zipped, read):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<!DOCTYPE html>\n<html>", "a web page instead of the weights"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        (b"hello\n", "cannot be read as weights|damaged"),
+    ],
+)
+def test_what_a_failed_download_left_is_said(root, content, said, suffix):
+    (root / f"x{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_weights(root / f"x{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("length", [0, 100])
 def test_a_file_that_is_cut_off_is_named(root, suffix, length):
     file = root / f"x{suffix}"
@@ -309,4 +324,4 @@ def test_a_missing_model_gives_nan_with_the_reason_and_never_0(name):
 
     found = ask(name, make_reward(name), RewardBatch(torch.rand(2, 3, 8, 8), ["a", "b"], [{}, {}]))
     assert found.scores.isnan().all()
-    assert "is in none of" in found.errors[1]
+    assert "is not there (looked in" in found.errors[1]

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import comfy.model_management as host  # pyright: ignore[reportMissingImports]
@@ -13,6 +12,7 @@ from comfy.model_patcher import ModelPatcher  # pyright: ignore[reportMissingImp
 from torch import nn
 
 from ..rewards.files import ROOT_SOURCES, SUFFIXES
+from ..rewards.kept import Kept
 from ..rewards.placement import MANAGERS
 from ..waiting import INTERRUPTS
 
@@ -42,9 +42,12 @@ def managed(model: nn.Module, placement: str) -> Iterator[torch.device]:
     yield patcher.load_device
 
 
-@cache
+@Kept
 def patcher_of(model: nn.Module) -> "WholePatcher":
-    """The same for the same model, so that the host recognises it."""
+    """The same for the same model, so that the host recognises it.
+
+    It is held where the model is held, not by the model: what refers to itself stays until the next garbage collection.
+    """
     return WholePatcher(Held(model), host.get_torch_device(), torch.device("cpu"))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..guidance import CFG_GRADS, guided
 from ..knobs import Choice, Knob, Text, flag
 from ..lora import LoraSettings, add_lora
+from ..packages import pip_install
 from ..schedule import flux_shifted, sd3_twice_shifted, shifted_linear
 
 TEXT_BATCH = 16
@@ -79,7 +80,8 @@ class DiffusersSettings:
     def load(self, lora: LoraSettings, seed: int) -> "DiffusersModel":
         """The pipeline's transformer and VAE with a fresh LoRA; ValueError says what is missing."""
         if find_spec("diffusers") is None or find_spec("transformers") is None:
-            raise ValueError("model diffusers needs two more packages: pip install 'densegrpo[diffusers]'")
+            packages = ("diffusers>=0.35", "transformers>=4.45")
+            raise ValueError(f"model diffusers needs two more packages; get them with:  {pip_install(*packages)}")
         folder = find_folder(self.path)
         return DiffusersModel(folder, read_family(folder), self, lora, seed)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -14,10 +13,15 @@ from ..knobs import Choice
 from ..protocols import RewardBatch, RewardResult
 from .clip import BatchSize, ModelFolder, Precision, check_folder, crop, load_clip, read_config, score_batch
 from .clipscore import CLIP_L
-from .files import Need, check_tensors, locate, read_weights, require_transformers
+from .files import Need, check_tensors, locate, read_shapes, read_weights, require_transformers
+from .kept import Kept
 from .placement import Placement
 
 FOLDER = "aesthetic"
+
+
+class Layers(list[tuple[Tensor, Tensor]]):
+    """(weight [out, in], bias [out]) of each layer. A class, since nothing refers weakly to a plain list."""
 
 
 class Head(NamedTuple):
@@ -91,24 +95,31 @@ class Aesthetic:
         try:
             require_transformers()
             clip_folder, head_folder = locate(self.needs())
-            load_head(head_folder, HEADS[self.version], read_config(check_folder(clip_folder)).projection_dim)
+            config: Any = read_config(check_folder(clip_folder))
+            check_head(head_folder, HEADS[self.version], config.projection_dim)
         except ValueError as problem:
             return [str(problem)]
         return []
 
 
-@cache
+@Kept
 @torch.inference_mode(False)
-def load_head(folder: Path, head: Head, num_features: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """(weight [out, in], bias [out]) of each layer. Raises ValueError when the file does not hold them."""
+def load_head(folder: Path, head: Head, num_features: int) -> Layers:
+    """The head's layers; equal arguments give the same ones. Raises ValueError when the file does not hold them."""
     path = folder / head.need.files[0][0]
     return linear_layers(read_weights(path), path, head.layers, head.widths, num_features)
 
 
+def check_head(folder: Path, head: Head, num_features: int) -> None:
+    """Raise ValueError when ``load_head`` would; nothing is kept."""
+    path = folder / head.need.files[0][0]
+    linear_layers(read_shapes(path), path, head.layers, head.widths, num_features)
+
+
 def linear_layers(
     weights: Mapping[str, Tensor], path: Path, layers: Sequence[str], widths: Sequence[int], num_features: int
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """(weight [out, in], bias [out]), float32, of layers by the prefixes of their names and their outputs.
+) -> Layers:
+    """Layers by the prefixes of their names and their outputs, in float32.
 
     Raises ValueError when ``weights``, read from ``path``, lack them.
     """
@@ -117,7 +128,7 @@ def linear_layers(
         expected |= {f"{layer}weight": torch.empty(out, width), f"{layer}bias": torch.empty(out)}
         width = out
     check_tensors(path, weights, expected)
-    return tuple((weights[f"{layer}weight"].float(), weights[f"{layer}bias"].float()) for layer in layers)
+    return Layers((weights[f"{layer}weight"].float(), weights[f"{layer}bias"].float()) for layer in layers)
 
 
 def apply(head: Sequence[tuple[Tensor, Tensor]], features: Tensor) -> Tensor:

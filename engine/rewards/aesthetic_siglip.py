@@ -5,7 +5,6 @@ Its licence is the AGPL-3.0, so nothing of it is part of this package: whoever a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..protocols import RewardBatch, RewardResult
-from .aesthetic import Head, apply, head_need, load_head
+from .aesthetic import Head, apply, check_head, head_need, load_head
 from .clip import (
     BatchSize,
     ModelFolder,
@@ -26,6 +25,7 @@ from .clip import (
     unit,
 )
 from .files import Need, locate, read_shapes, read_weights, require_transformers
+from .kept import Kept
 from .placement import Placement
 from .pretrained import check_shapes, check_type, pretrained
 
@@ -85,7 +85,7 @@ class AestheticSiglip:
         try:
             require_transformers()
             folder, head_folder = locate(self.needs())
-            load_head(head_folder, HEAD, check_siglip(folder).hidden_size)
+            check_head(head_folder, HEAD, check_siglip(folder).hidden_size)
         except ValueError as problem:
             return [str(problem)]
         return []
@@ -112,7 +112,7 @@ def squash(images: Tensor, size: int) -> Tensor:
     return normalised(resized_as_pillow(eight_bit(images), size, size) / 255, HALF, HALF)
 
 
-@cache
+@Kept
 @torch.inference_mode(False)
 def load_siglip(folder: Path, precision: str, placement: str) -> Siglip:
     """The SigLIP in a folder with config.json and model.safetensors; equal arguments give the same one."""

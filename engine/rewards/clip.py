@@ -1,14 +1,13 @@
 """CLIP as the rewards use it: own image preparation, text features kept per prompt, float32 scores.
 
-Only torch and transformers are needed, and transformers is imported when the first model is loaded. A CLIP is loaded
-once per process and shared by all rewards with equal settings.
+Only torch and transformers are needed, and transformers is imported when the first model is loaded. A CLIP is shared by
+all rewards with equal settings.
 """
 
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -19,6 +18,7 @@ from torch.nn.functional import interpolate, normalize, pad
 from ..knobs import Choice, Knob, Text
 from ..protocols import RewardBatch, RewardResult
 from .files import check_tensors, read_shapes, read_weights, require_transformers, some
+from .kept import Kept
 from .placement import placed
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def build(
     return Clip(model.to(getattr(torch, precision)).eval().requires_grad_(False), tokenizer, placement)
 
 
-@cache
+@Kept
 @torch.inference_mode(False)
 def load_clip(folder: Path, precision: str, placement: str) -> Clip:
     """The CLIP in a folder with config.json, model.safetensors and tokenizer; equal arguments give the same one.

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ..packages import pip_install
 from . import reward_class
 from .files import Need, choose, described, missing, resolve, roots
 
@@ -95,6 +96,7 @@ def hub_fetch() -> Fetch:
         from huggingface_hub import snapshot_download
     except ImportError as problem:
         raise ValueError(
-            f"the package huggingface_hub cannot be imported ({problem}); get it with:  pip install huggingface_hub"
+            f"the package huggingface_hub cannot be imported ({problem}); get it with:  "
+            f"{pip_install('huggingface_hub')}"
         ) from problem
     return lambda repository, files, folder: snapshot_download(repository, allow_patterns=files, local_dir=folder)

@@ -9,9 +9,11 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ..packages import pip_install, quoted
 
 ROOTS_VARIABLE = "DENSEGRPO_REWARD_MODELS"
 """Environment variable: folders that hold reward models, separated like those of PATH."""
@@ -97,7 +99,7 @@ def missing(need: Need) -> str | None:
     try:
         folder = resolve(need.folder)
         if folder is None or not folder.is_dir():
-            return f"folder {need.folder!r} is in none of {listed(roots())}; {advice(need, None)}"
+            return f"folder {need.folder!r} is not there (looked in {listed(roots())}); {advice(need, None)}"
         lacking = [" or ".join(names) for names in need.files if choose(folder, names) is None]
     except ValueError as problem:
         return str(problem)
@@ -135,11 +137,6 @@ def files_of(need: Need) -> str:
     return ", ".join(" or ".join(names) for names in need.files)
 
 
-def quoted(path: Path) -> str:
-    """For a command line of any system."""
-    return f'"{path}"' if " " in str(path) else str(path)
-
-
 def listed(paths: Iterable[Path]) -> str:
     """For a message."""
     return ", ".join(map(str, paths))
@@ -149,7 +146,8 @@ def require_transformers() -> None:
     """Raise ValueError with the remedy when CLIP cannot be imported from transformers."""
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(
-            "the package transformers, 4.46 or newer, is not installed; get it with:  pip install 'transformers>=4.46'"
+            "the package transformers, 4.46 or newer, is not installed; get it with:  "
+            f"{pip_install('transformers>=4.46')}"
         )
     try:
         from transformers import CLIPModel  # noqa: F401
@@ -177,22 +175,39 @@ def reading(path: Path, load_safetensors: Callable[[Path], dict[str, Tensor]], d
     """Read one file with the reader that its suffix names."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} is not a {', '.join(SUFFIXES)} file; convert it to safetensors first")
+    other = not_weights(path)
+    if other:
+        raise ValueError(f"{path} is {other} instead of the weights; delete it and get the file again")
     try:
         if path.suffix == ".safetensors":
             return load_safetensors(path)
         mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as problem:
+    except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors, or is damaged; it was not executed. Use a .safetensors file, or a "
-            f".pt file that loads with weights_only=True ({str(problem).splitlines()[0]})"
+            f".pt file that loads with weights_only=True"
         ) from None
-    except (OSError, EOFError, RuntimeError, SafetensorError) as problem:
-        raise ValueError(f"{path} cannot be read as weights ({problem}); it may be cut off, get it again") from None
+    except Exception as problem:  # a damaged pickle fails in any way: KeyError, IndexError, struct.error, ...
+        raise ValueError(
+            f"{path} cannot be read as weights ({type(problem).__name__}: {problem}); it may be cut off, get it again"
+        ) from None
     found = found.get("state_dict", found) if isinstance(found, Mapping) else found
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{path} does not hold named tensors; expected a state_dict")
     return {name: value.detach().to(device) for name, value in found.items()}
+
+
+def not_weights(path: Path) -> str | None:
+    """What downloads that went wrong leave in the place of weights, in words; None when it may be weights."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+    except OSError:
+        return None  # reading says why
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (a few lines of text)"
+    return "a web page" if start.startswith((b"<!doctype", b"<html")) else None
 
 
 def safetensors_shapes(path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ are rounded to multiples of 32 here, and filled up with a border there.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch.nn.utils import skip_init
 from .clip import Weights, eight_bit, normalised, resized_as_pillow
 from .files import Need, check_tensors, read_shapes, read_weights, require_transformers, some
 from .geneval_words import CLASSES, RENAMED
+from .kept import Kept
 from .pretrained import check_shapes, check_type, pretrained
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def class_names(config: "Mask2FormerConfig", path: Path) -> list[str]:
     return names
 
 
-@cache
+@Kept
 @torch.inference_mode(False)
 def load_detector(folder: Path, placement: str) -> Mask2Former:
     """The model in a folder with config.json and model.safetensors; equal arguments give the same one.

@@ -4,7 +4,6 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from .clip import (
 )
 from .clipscore import CLIP_L
 from .files import TOKENIZER, Need, choose, locate, read_shapes, read_weights, require_transformers, resolve
+from .kept import Kept
 from .pickscore import PICKSCORE
 from .placement import Placement
 
@@ -140,7 +140,7 @@ def tokenizer_folder(model: str) -> Path | None:
     return next((folder for folder in folders if choose(folder, TOKENIZER)), None)
 
 
-@cache
+@Kept
 @torch.inference_mode(False)
 def load_hps(path: Path, tokenizer: Path, precision: str, placement: str) -> Clip:
     """The model in a checkpoint; equal arguments give the same one."""

@@ -7,7 +7,6 @@ It runs on transformers' own BLIP; the tokens [DEC] and [ENC] that the package a
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..protocols import RewardBatch, RewardResult
 from .aesthetic import apply, linear_layers
 from .clip import BatchSize, ModelFolder, Precision, Weights, crop, model_type, problems_of, score_batch
 from .files import Need, check_tensors, choose, locate, read_shapes, read_weights, require_transformers
+from .kept import Kept
 from .placement import Placement
 from .pretrained import COMPUTED, pretrained
 
@@ -123,7 +123,7 @@ class Scorer:
     """A loaded ImageReward."""
 
     model: Network
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: Sequence[tuple[Tensor, Tensor]]
     """(weight, bias) of each, float32 on the CPU."""
     tokenizer: Any
     placement: str
@@ -154,7 +154,7 @@ def blip_config(folder: Path) -> Any:
     return BlipConfig(text_config={**TEXT, **TOKENS}, vision_config={**VISION, **INPUT})
 
 
-@cache
+@Kept
 @torch.inference_mode(False)
 def load_scorer(path: Path, precision: str, placement: str) -> Scorer:
     """The model in a checkpoint with vocab.txt beside it; equal arguments give the same one."""

@@ -10,7 +10,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata as metadata_of_packages
 from pathlib import Path
 from threading import Lock
@@ -20,14 +19,16 @@ import torch
 from torch import Tensor
 
 from ..knobs import Knob
+from ..packages import pip_install
 from ..protocols import RewardBatch, RewardResult
 from ..waiting import check_interrupts
 from .files import Need
+from .kept import Kept
 
 PACKAGES = ("rapidocr", "onnxruntime")
 OLDEST = (3, 9)
 """Of rapidocr: the first whose reader is today's; those before read worse, and some fetch files when they start."""
-REINSTALL = "install it again with:  pip install --force-reinstall --no-deps rapidocr"
+REINSTALL = f"install it again with:  {pip_install('--force-reinstall', '--no-deps', 'rapidocr')}"
 QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201c\u201d]+)\u201d')
 TYPEWRITER = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--")
 """Typographic quotes and dashes -> those of a keyboard."""
@@ -169,9 +170,7 @@ def model_files() -> tuple[Path, Path]:
     """Detector and recogniser inside the package. Raises ValueError when the packages are missing or damaged."""
     lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if lacking:
-        raise ValueError(
-            f"reading text needs the package {' and '.join(lacking)}; get it with:  pip install {' '.join(PACKAGES)}"
-        )
+        raise ValueError(f"reading text needs {' and '.join(lacking)}; get it with:  {pip_install(*PACKAGES)}")
     try:
         import rapidocr
         from rapidocr import RapidOCR  # noqa: F401  # it is only now that its own libraries are imported
@@ -180,7 +179,7 @@ def model_files() -> tuple[Path, Path]:
     version = metadata_of_packages.version("rapidocr")
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         raise ValueError(
-            f"rapidocr {version} is too old, it downloads parts; get 3.9 or newer: pip install -U rapidocr"
+            f"rapidocr {version} is too old, it downloads parts; get 3.9 or newer:  {pip_install('-U', 'rapidocr')}"
         )
     folder = Path(str(rapidocr.__file__)).parent / "models"
     found = [sorted(folder.glob(pattern)) for pattern in ("*_det_*.onnx", "*_rec_*.onnx")]
@@ -190,12 +189,12 @@ def model_files() -> tuple[Path, Path]:
 
 
 def load_engine(detector_side: int, threads: int) -> Any:
-    """The engine with these settings, made once per process."""
+    """The engine with these settings; equal ones give the same."""
     with LOCK:
         return make_engine(detector_side, threads)
 
 
-@cache
+@Kept
 def make_engine(detector_side: int, threads: int) -> Any:
     """Read the models. Raises ValueError when the packages are missing."""
     detector, recogniser = model_files()
