@@ -37,7 +37,7 @@ from .rewards.files import require_transformers
 from .rewards.geneval_detector import Mask2Former, Network
 from .rewards.geneval_words import COCO_CLASSES
 from .rewards.ocr import model_files, problem_with
-from .rewards.remote.picture import png_files
+from .rewards.remote.picture import png_file
 from .serve import DEFAULT_HOST, make_server
 
 CPU = torch.device("cpu")
@@ -239,12 +239,13 @@ def reading_table(sizes: Sequence[int] = (64, SIZE, 1024)) -> None:
 def remote_table(size: int = SIZE, num_images: int = 32, in_one: int = 4, at_a_time: Sequence[int] = (1, 2, 8)) -> None:
     """What asking a reward server costs beside the reward, all in this process."""
     batch = scenes(size, num_images)
-    files = png_files(batch.images)
+    files = [png_file(image) for image in batch.images]
     plain = best_seconds(scored(make_reward("brightness"), batch), CPU) / num_images
-    encoding = best_seconds(lambda: png_files(batch.images), CPU) / num_images
+    encoding = best_seconds(lambda: [png_file(image) for image in batch.images], CPU) / num_images
     say(
         f"a reward server on this machine (densegrpo serve --reward brightness), {num_images} images of {size} px, "
-        f"{in_one} in a request; client and server share this process"
+        f"{in_one} in a request; client and server share this process and its {os.cpu_count()} cores, and each request "
+        "encodes its own images"
     )
     mean_size = sum(len(file or b"") for file in files) / num_images / 1e6
     say(f"  encoding a PNG file {encoding * 1000:7.1f} ms, {mean_size:.2f} MB; the reward itself {plain * 1000:.2f} ms")

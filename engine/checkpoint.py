@@ -43,7 +43,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as problem:
         temporary.unlink(missing_ok=True)
-        raise SaveError(f"could not save {path}: {problem}; free some space, then resume the run") from problem
+        raise SaveError(
+            f"could not save {path}: {problem}; free some space or see to the folder; a run can be resumed then"
+        ) from problem
 
 
 def flush(path: Path) -> None:

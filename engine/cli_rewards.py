@@ -22,7 +22,7 @@ def add_reward_commands(add: Add) -> None:
     score.add_argument("--prompt", action="append", help="the prompt of all images; or give it once for each image")
     serve = add("serve", serve_command, "let other programs use local rewards: an example reward server")
     for sub, what in ((score, "repeat it for several"), (serve, "of several, the sum is served, with option weight")):
-        text = f"see `densegrpo rewards`; {what}"
+        text = f"see `densegrpo rewards`; values may have commas; or a JSON object as in a configuration; {what}"
         sub.add_argument("--reward", action="append", required=True, metavar=REWARD, help=text)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     serve.add_argument("--port", type=int, default=8090, help="port to listen on (default: 8090; 0: any that is free)")
@@ -101,7 +101,9 @@ def votes_command(options: argparse.Namespace) -> int:
     """``densegrpo votes RUN``."""
     from .votes.store import read_scores, write_scores
 
-    path = write_scores(options.run / "votes")
+    folder = options.run / "votes"
+    is_folder = not folder.is_dir() and options.run.name == folder.name  # of the votes, instead of the run's
+    path = write_scores(options.run if is_folder else folder)
     scores = read_scores(path)
     print(f"wrote {path}: {len(scores)} images of {len({score.group for score in scores})} groups")
     return 0

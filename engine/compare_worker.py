@@ -20,7 +20,8 @@ import torch
 from .checkpoint import write_text
 from .compare import read_budget
 from .evaluate import drift
-from .run import Run, evaluation_row, finite
+from .metrics import finite
+from .run import Run, evaluation_row
 from .session import Session
 
 Row = dict[str, Any]

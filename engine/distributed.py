@@ -1,7 +1,7 @@
 """The processes that share a run: whole groups each, gradients added, statistics gathered."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -80,6 +80,13 @@ class Accelerated:
     def leave(self) -> None:
         """Stop the threads of the process group; left running, one of them now and then aborts a process that ends."""
         self.accelerator.end_training()
+
+
+def gather_texts(world: World, texts: Iterable[str]) -> list[str]:
+    """The texts of all processes in rank order, each one once; empty ones are left out."""
+    letters = "".join(f"{text}\0" for text in ("", *texts)).encode()  # a text may have several lines
+    gathered = world.gather(torch.tensor(list(letters), dtype=torch.uint8))
+    return [text for text in dict.fromkeys(bytes(gathered.tolist()).decode().split("\0")) if text]
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Held-out evaluation: ODE samples from fixed noise, the same for every method and iteration."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .data import Prompt
-from .distributed import World
+from .distributed import World, gather_texts
 from .image_statistics import image_statistics
 from .protocols import FlowModel
 from .randomness import Purpose, normal
@@ -30,8 +30,13 @@ class Evaluation(NamedTuple):
     num_images: int
     statistics: dict[str, float]
     """Mean statistics of all images, see ``image_statistics.py``: they drift when a reward is gamed."""
-    errors: Sequence[str] = ()
-    """Why images of this process have no score."""
+    reasons: Mapping[str, str]
+    """Label of each reward that could not score some images -> why, of one of them."""
+
+    @property
+    def missing(self) -> dict[str, float]:
+        """Label of each of those -> share of images without a score."""
+        return {label: self.scores[label].isnan().float().mean().item() for label in self.reasons}
 
 
 @torch.no_grad()
@@ -75,18 +80,13 @@ def evaluate(
     order = world.gather(torch.cat(numbers)).argsort(stable=True)
     nothing = torch.full((len(work),), torch.nan)
     # A reward that failed here has no sub-scores; all processes must gather the same names, or they wait forever.
-    scores = {name: world.gather(by_reward.get(name, nothing).float())[order] for name in all_names(world, by_reward)}
+    names = gather_texts(world, by_reward)
+    scores = {name: world.gather(by_reward.get(name, nothing).float())[order] for name in names}
     statistics = {name: world.gather(torch.cat([f[name] for f in facts])).nanmean().item() for name in facts[0]}
     means = {name: values.nanmean().item() for name, values in scores.items()}
-    errors = scored.errors if scored else ()
-    return Evaluation(means, scores, torch.stack(kept), shown, len(order), statistics, errors)
-
-
-def all_names(world: World, names: Iterable[str]) -> list[str]:
-    """The names that any process has, in the same order on all of them."""
-    letters = "".join(f"{name}\0" for name in names).encode()  # a name may have several lines
-    gathered = world.gather(torch.tensor(list(letters), dtype=torch.uint8))
-    return list(dict.fromkeys(bytes(gathered.tolist()).decode().split("\0")[:-1]))
+    failed = {label: gather_texts(world, own[:1]) for label, own in scored.reasons.items()} if scored else {}
+    reasons = {label: found[0] for label, found in failed.items() if found}
+    return Evaluation(means, scores, torch.stack(kept), shown, len(order), statistics, reasons)
 
 
 @torch.no_grad()

@@ -67,24 +67,41 @@ class Guard:
         """What to say when the last ``needed`` evaluations are worse than the best before them and train higher."""
         sign = -1.0 if self.held_out[label] < 0 else 1.0
         after = self.history[-needed:]
-        before = [old for old in self.history[:-needed] if all(comparable(old, now, label) for now in after)]
+        before = [old for old in self.history[:-needed] if all(enough(old, now, label) for now in after)]
         if not before:
             return None
-        best = max(before, key=lambda snapshot: sign * mean(snapshot.scores[label]))
+        best = min(before, key=lambda old: sign * mean(differences(old, after[-1], label)))
         if not all(change(best, now, label) * sign < -SIGMAS and self.risen(best, now) for now in after):
             return None
-        old, new = (mean(snapshot.scores[label]) for snapshot in (best, after[-1]))
-        how = "the trained reward improved" if self.evaluated(best) else "votes were trained on"
+        risen = [course(best, after[-1], name) for name in self.rising(best, after[-1])]
+        how = " and ".join(risen) if risen else "people's votes were trained on"
         return (
-            f"{label} went from {old:.3f} (iteration {best.iteration}) to {new:.3f} (iteration {after[-1].iteration}) "
-            f"while {how}: it is being gamed"
+            f"{course(best, after[-1], label)} between iterations {best.iteration} and {after[-1].iteration} "
+            f"while {how}: the reward is being gamed"
         )
+
+    def unjudged(self) -> list[str]:
+        """Of which rewards the newest evaluation and those before it share too few images to tell, a sentence each."""
+        if not (self.held_out and self.in_a_row and len(self.history) > 1):
+            return []
+        *before, newest = self.history
+        watched = [label for label in (*self.held_out, *self.trained) if label in newest.scores]
+        most = {label: max(len(shared(old, newest, label)) for old in before) for label in watched}
+        return [
+            f"{label} has scores of {count} images that an earlier evaluation scored too: too few to tell whether a "
+            f"reward is gamed; mend the reward, or make at least {FEWEST} held-out images"
+            for label, count in most.items()
+            if count < FEWEST
+        ]
 
     def risen(self, old: Snapshot, new: Snapshot) -> bool:
         """Whether any trained reward improved; True when none of them is evaluated, as people's votes."""
-        known = self.evaluated(old)
-        both = [(label, weight) for label, weight in known.items() if comparable(old, new, label)]
-        return not known or any(change(old, new, label) * (-1 if w < 0 else 1) > SIGMAS for label, w in both)
+        return not self.evaluated(old) or bool(self.rising(old, new))
+
+    def rising(self, old: Snapshot, new: Snapshot) -> list[str]:
+        """The trained rewards that improved."""
+        both = [(label, weight) for label, weight in self.evaluated(old).items() if enough(old, new, label)]
+        return [label for label, weight in both if change(old, new, label) * (-1 if weight < 0 else 1) > SIGMAS]
 
     def evaluated(self, snapshot: Snapshot) -> dict[str, float]:
         """The trained rewards that evaluations have, with their weights; people's votes are none."""
@@ -92,7 +109,7 @@ class Guard:
 
     def gain(self, old: Snapshot, new: Snapshot) -> float:
         """Weighted sum of the mean changes of held-out rewards, on images that both have scores of; NaN without any."""
-        if not self.held_out or not all(comparable(old, new, label) for label in self.held_out):
+        if not self.held_out or not all(enough(old, new, label) for label in self.held_out):
             return float("nan")
         return sum(weight * mean(differences(old, new, label)) for label, weight in self.held_out.items())
 
@@ -103,16 +120,29 @@ class Guard:
         return any(gain == gain for gain in gains) and not any(gain <= 0 for gain in gains)
 
 
-def comparable(old: Snapshot, new: Snapshot, label: str) -> bool:
-    """Whether both have scores of the same images for that reward: a configuration may change, a server may fail."""
+def shared(old: Snapshot, new: Snapshot, label: str) -> list[tuple[float, float]]:
+    """Both scores of each image that both have one of; none when a configuration changed which images there are."""
     pair = old.scores.get(label, ()), new.scores.get(label, ())
-    return len(pair[0]) == len(pair[1]) and bool(differences(old, new, label))
+    if len(pair[0]) != len(pair[1]):
+        return []
+    return [(a, b) for a, b in zip(*pair, strict=True) if a is not None and b is not None]
 
 
 def differences(old: Snapshot, new: Snapshot, label: str) -> list[float]:
     """Of each image that both have a score of."""
-    pairs = zip(old.scores.get(label, ()), new.scores.get(label, ()), strict=True)
-    return [b - a for a, b in pairs if a is not None and b is not None]
+    return [b - a for a, b in shared(old, new, label)]
+
+
+def course(old: Snapshot, new: Snapshot, label: str) -> str:
+    """How the mean of the images that both have a score of went."""
+    before, after = (mean(scores) for scores in zip(*shared(old, new, label), strict=True))
+    return f"{label} went from {before:.3f} to {after:.3f}"
+
+
+def enough(old: Snapshot, new: Snapshot, label: str) -> bool:
+    """Whether both scored as many of the same images as a comparison needs: ``FEWEST``, or all when there are fewer."""
+    count = len(shared(old, new, label))
+    return count > 0 and count >= min(FEWEST, len(new.scores[label]))
 
 
 def change(old: Snapshot, new: Snapshot, label: str) -> float:
@@ -124,7 +154,6 @@ def change(old: Snapshot, new: Snapshot, label: str) -> float:
     return average / error if error > 0 else average * float("inf") if average else 0.0
 
 
-def mean(scores: Sequence[float | None]) -> float:
-    """Of those there are."""
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known else float("nan")
+def mean(scores: Sequence[float]) -> float:
+    """Of all."""
+    return sum(scores) / len(scores)

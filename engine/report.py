@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import write_text
+from .packages import pip_install
 from .run import Run
 from .train import PARTS
 
@@ -31,6 +32,8 @@ def write_report(run: Run) -> None:
     figures = []
     if training:
         figures += [figure(title, draw, training) for title, draw in CURVES]
+    if any(row.get(name) for row in training for name in UNJUDGED):
+        figures.insert(1, figure("Share of training images without a score", unjudged_curve, training))
     if training and len(training[-1].get("rewards", ())) > 1:
         figures.insert(1, figure("Each reward of training images", each_reward_curve, training))
     if evaluations and evaluations[-1]["evaluation"]:
@@ -41,6 +44,7 @@ def write_report(run: Run) -> None:
         f"<p>{html.escape(str(run.config.method['name']))} on {html.escape(str(run.config.model['name']))}, "
         f"{len(training)} iterations</p>",
         alarms(rows),
+        warnings(rows),
         table(evaluations),
         statistics_table(evaluations),
         *pictures,
@@ -65,6 +69,19 @@ def alarms(rows: Sequence[dict[str, Any]]) -> str:
     return f'<div class="alarm"><b>The reward is being gamed</b><ul>{"".join(lines)}</ul></div>' if found else ""
 
 
+def warnings(rows: Sequence[dict[str, Any]]) -> str:
+    """What else was to be seen to, each once: a server that is down says the same in every iteration."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        for warning in row.get("warnings", ()):
+            found.setdefault(warning, []).append(row["iteration"])
+    lines = [
+        f"<li>iteration {first}{f' and {len(more)} more' if more else ''}: {html.escape(warning)}</li>"
+        for warning, (first, *more) in found.items()
+    ]
+    return f'<div class="alarm"><b>Warnings</b><ul>{"".join(lines)}</ul></div>' if found else ""
+
+
 def statistics_table(evaluations: Sequence[dict[str, Any]]) -> str:
     """How the look of held-out images has drifted, whatever they show."""
     known = [row["statistics"] for row in evaluations if row.get("statistics")]
@@ -84,16 +101,18 @@ def table(evaluations: Sequence[dict[str, Any]]) -> str:
         return ""
     first, last = evaluations[0], evaluations[-1]
     lines = [
-        f"<tr><td>{html.escape(name)}</td><td>{shown(first['evaluation'].get(name))}</td><td>{shown(value)}</td></tr>"
-        for name, value in last["evaluation"].items()
+        f"<tr><td>{html.escape(name)}</td><td>{measured(first, name)}</td><td>{measured(last, name)}</td></tr>"
+        for name in last["evaluation"]
     ]
     head = f"<tr><th>held-out mean of {last['evaluation_images']} images</th><th>before</th><th>after</th></tr>"
     return f"<table>{head}{''.join(lines)}</table>"
 
 
-def shown(value: float | None) -> str:
-    """Three digits, or a dash where no image could be scored."""
-    return "-" if value is None else f"{value:.3f}"
+def measured(row: dict[str, Any], name: str) -> str:
+    """Three digits and of how many images, unless of all; a dash where none could be scored."""
+    value, missing = row["evaluation"].get(name), row.get("evaluation_missing", {}).get(name, 0)
+    some = f" (of {round((1 - missing) * row['evaluation_images'])})" if missing else ""
+    return "-" if value is None else f"{value:.3f}{some}"
 
 
 def picture(title: str, png: bytes) -> str:
@@ -107,7 +126,7 @@ def figure(title: str, draw: Callable[[Any, Sequence[dict[str, Any]]], None], ro
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise RuntimeError("the report needs matplotlib; install it with `pip install densegrpo[cli]`") from None
+        raise RuntimeError(f"the report needs matplotlib; get it with:  {pip_install('matplotlib')}") from None
     drawing = Figure(figsize=(6, 3.6), layout="constrained")
     axes = drawing.subplots()
     axes.set_xlabel("iteration")
@@ -140,6 +159,17 @@ def each_reward_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         axes.plot(
             column(known, "iteration"), column([row["rewards"][name] for row in known], "mean"), label=plain(name)
         )
+    axes.legend()
+
+
+UNJUDGED = {"unscored": "could not be scored", "skipped": "people passed over"}
+
+
+def unjudged_curve(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Why images have no score; runs of earlier versions do not tell."""
+    for name, label in UNJUDGED.items():
+        known = [row for row in rows if name in row]
+        axes.plot(column(known, "iteration"), column(known, name), label=label)
     axes.legend()
 
 

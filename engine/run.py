@@ -12,6 +12,7 @@ from .config import RunConfig, make_config
 from .data import Prompt
 from .distributed import World
 from .evaluate import Evaluation
+from .metrics import last_row, read_rows
 from .prompts import dump, load_prompts
 from .rewards import Panel, make_panel, members
 
@@ -78,10 +79,12 @@ class Run:
         return replace(self, config=config)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines of ``metrics.jsonl``; a line cut off by a crash is left out."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
+        """All rows of its record so far."""
+        return read_rows(self.folder)
+
+    def last_row(self) -> dict[str, Any] | None:
+        """The newest of them."""
+        return last_row(self.folder)
 
 
 def training_panel(config: RunConfig) -> Panel:
@@ -114,14 +117,6 @@ def evaluation_row(evaluation: Evaluation, config: RunConfig) -> dict[str, Any]:
         "evaluation": evaluation.means,
         "evaluation_reward": trained_score(evaluation, config),
         "evaluation_images": evaluation.num_images,
+        "evaluation_missing": evaluation.missing,
         "statistics": evaluation.statistics,
     }
-
-
-def finite(value: Any) -> Any:
-    """The same with null for numbers that are none: JSON has no NaN, and browsers refuse it."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

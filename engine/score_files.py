@@ -1,5 +1,7 @@
 """``densegrpo rewards`` and ``densegrpo score``: what rewards there are, and what they say of image files."""
 
+import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,18 +80,35 @@ def reward_entry(name: str) -> str:
 def parse_reward(text: str) -> dict[str, Any]:
     """``name:option=value,...`` -> the configuration of a reward; the name may be a label of the menu.
 
-    Raises ValueError for an unknown name or an option without value; wrong values are refused when it is made.
+    A comma belongs to the value unless ``option=`` follows it. What cannot be written so can be a JSON object, as in a
+    configuration. Raises ValueError for what cannot be read; wrong names and values are refused when it is made.
     """
+    if text.startswith("{"):
+        return object_of(text)
     name, _, rest = text.partition(":")
     entry = dict(VARIANTS.get(name, {"name": name}))
     known = reward_options(entry["name"])
-    for part in filter(None, (p.strip() for p in rest.split(","))):
+    for part in filter(None, (p.strip(", ") for p in re.split(r",(?=\s*[a-z]\w*\s*=)", rest))):
         key, equals, value = part.partition("=")
         if not equals:
             raise ValueError(
                 f"--reward {text}: {part!r} must be OPTION=VALUE; {name} has: {', '.join(known) or 'none'}"
             )
         entry[key.strip()] = typed(value.strip(), known.get(key.strip()))
+    return entry
+
+
+def object_of(text: str) -> dict[str, Any]:
+    """The configuration of a reward that is a JSON object. Raises ValueError."""
+    try:
+        entry = json.loads(text)
+    except ValueError as problem:
+        raise ValueError(
+            f"--reward {text} is not JSON: {problem}; where the shell takes quotation marks away, as Windows' does, "
+            'write "{\\"name\\": \\"brightness\\"}"'
+        ) from None
+    if not isinstance(entry.get("name"), str):
+        raise ValueError(f'--reward {text} must have a "name", such as {{"name": "brightness"}}')
     return entry
 
 
@@ -176,6 +195,8 @@ def parts(files: Sequence[Path], reasons: list[tuple[int, str]]) -> Iterator[tup
 
 def read_image(file: Path) -> Tensor:
     """[3, H, W] in 0..1, upright. Raises ValueError for a file that is no image, or one whose colours are unclear."""
+    if file.is_dir():
+        raise ValueError(f"it is a folder; name the files in it, such as {file / '*.png'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -77,6 +77,8 @@ class RewardServer(ThreadingHTTPServer):
     """Answers requests for scores; requests are read in threads of their own, models compute one at a time."""
 
     daemon_threads = True
+    request_queue_size = 256
+    """Clients that may connect at once: as many as ``workers`` allows. Where more come, some systems turn them away."""
     allow_reuse_address = os.name != "nt"  # there it would let two servers share a port
 
     def __init__(self, address: tuple[str, int], members: Sequence[Member]):
@@ -150,7 +152,9 @@ def make_server(entries: Sequence[Mapping[str, Any]], host: str, port: int) -> R
     try:
         return RewardServer((host, port), served)
     except (OSError, OverflowError) as problem:
-        raise ValueError(f"cannot listen on {host} port {port} ({problem}); choose another --port") from None
+        raise ValueError(
+            f"cannot listen on {host} port {port} ({problem}); choose another --port, or --host 127.0.0.1"
+        ) from None
 
 
 def weight_of(entry: Mapping[str, Any]) -> float:

@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .checkpoint import SaveError, checkpoints, load_checkpoint, save_checkpoint, write_text
+from .checkpoint import SaveError, checkpoints, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .distributed import Solo, World
 from .evaluate import Evaluation, evaluate
 from .guard import Guard
 from .learner import Learner
 from .lora import LoraTensors, tensors_of, write_lora
+from .metrics import append_row, write_rows
 from .models import load_model
 from .pictures import grid
 from .protocols import FlowModel
 from .recipes import make_recipe
+from .reward_stats import Idleness
 from .rewards import members, published
-from .run import HELD_OUT, Run, check_processes, evaluation_panel, evaluation_row, finite, training_panel
+from .run import HELD_OUT, Run, check_processes, evaluation_panel, evaluation_row, training_panel
 from .train import Iteration, train
 
 log = logging.getLogger("densegrpo.run")
@@ -41,6 +43,8 @@ class Progress:
     evaluation: Evaluation | None = None
     alarms: list[str] = field(default_factory=list)
     """What the guard says of the evaluation."""
+    warnings: list[str] = field(default_factory=list)
+    """What else to see to: images without a score, rewards that teach nothing."""
 
 
 def make_guard(config: RunConfig) -> Guard:
@@ -48,6 +52,15 @@ def make_guard(config: RunConfig) -> Guard:
     trained = {one.label: one.weight for one in members(config.rewards)}
     held_out = {one.label: one.weight for one in members(config.held_out_rewards, HELD_OUT)}
     return Guard(trained, held_out, config.evaluation.alarm_after)
+
+
+def missing_scores(evaluation: Evaluation) -> list[str]:
+    """Which rewards could not score all images of an evaluation, which says less of them then, and why."""
+    count = evaluation.num_images
+    return [
+        f"{label}: {round(share * count)} of {count} held-out images have no score: {evaluation.reasons[label]}"
+        for label, share in evaluation.missing.items()
+    ]
 
 
 class Session:
@@ -67,7 +80,9 @@ class Session:
         self.learner = Learner(self.model.lora, config.optimizer)
         self.panel, self.evaluation_panel = training_panel(config), evaluation_panel(config)
         check_processes(config, self.world)
-        self.guard = make_guard(config)
+        self.guard, self.idleness = make_guard(config), Idleness()
+        self.told: set[str] = set()
+        """Warnings that were logged."""
         self.cond = self.model.encode([p.text for p in run.prompts])
         self.held_out_cond = self.model.encode([p.text for p in run.held_out]) if run.held_out else None
         self.writes = self.world.rank == 0
@@ -131,6 +146,8 @@ class Session:
         )
         for iteration in loop:
             progress = Progress(iteration.number, total, iteration)
+            progress.warnings += [f"some images have no score: {reason}" for reason in iteration.errors]
+            progress.warnings += self.idleness.add(iteration.stats)
             try:
                 progress.evaluation = self.due_evaluation(iteration.number)
                 self.judged(progress)
@@ -146,12 +163,13 @@ class Session:
         """The same with the guard's alarms; the best so far on held-out rewards is kept."""
         if progress.evaluation is None:
             return progress
-        self.warn_of_missing(progress.number, progress.evaluation)
+        progress.warnings += missing_scores(progress.evaluation)
         settings, folder = self.run.config.evaluation, self.run.folder
         last = progress.number == self.training.iterations
         progress.alarms = self.guard.add(progress.number, progress.evaluation.scores, last=last)
         for alarm in progress.alarms:
             log.warning("iteration %d: %s", progress.number, alarm)
+        progress.warnings += self.guard.unjudged()
         self.gamed = bool(progress.alarms) and settings.stop_when_gamed
         if self.writes:
             self.guard.save(folder)
@@ -159,16 +177,6 @@ class Session:
                 save_checkpoint(folder / "best", progress.number, self.learner.state(), 1)
                 self.export(BEST_LORA)
         return progress
-
-    def warn_of_missing(self, number: int, evaluation: Evaluation) -> None:
-        """Log which rewards could not score all images of an evaluation: it says less of them, or nothing."""
-        for label, scores in evaluation.scores.items():
-            missing = int(scores.isnan().sum())
-            reason = next((error for error in evaluation.errors if error.startswith(f"{label}: ")), "")
-            if missing and reason:
-                log.warning(
-                    "iteration %d: %d of %d held-out images have no score: %s", number, missing, len(scores), reason
-                )
 
     def due_evaluation(self, number: int) -> Evaluation | None:
         """The evaluation after that iteration, if there is to be one."""
@@ -185,10 +193,11 @@ class Session:
         evaluation = self.due_evaluation(number)
         if evaluation is None:
             return None
-        progress = self.judged(Progress(number, self.training.iterations, None, evaluation))
+        before = rows[-1].get("warnings", [])
+        progress = self.judged(Progress(number, self.training.iterations, None, evaluation, warnings=before))
         if self.writes:
-            rows[-1] |= self.evaluation_row(progress)
-            write_text(self.run.folder / "metrics.jsonl", "".join(json.dumps(finite(row)) + "\n" for row in rows))
+            rows[-1] |= self.said(progress)
+            write_rows(self.run.folder, rows)
         return progress
 
     def evaluate(self, name: str) -> Evaluation | None:
@@ -230,22 +239,20 @@ class Session:
         row: dict[str, Any] = {"iteration": progress.number}
         if progress.iteration:
             row |= progress.iteration.stats
-        row |= self.evaluation_row(progress)
+        row |= self.said(progress)
         if self.writes:
-            path = self.run.folder / "metrics.jsonl"
-            try:
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(finite(row)) + "\n")
-            except OSError as problem:
-                raise SaveError(f"could not write {path}: {problem}; free some space, then resume the run") from problem
+            append_row(self.run.folder, row)
         return progress
 
-    def evaluation_row(self, progress: Progress) -> dict[str, Any]:
-        """What an evaluation adds to a line of metrics."""
-        if progress.evaluation is None:
-            return {}
-        alarms = {"alarms": progress.alarms} if progress.alarms else {}
-        return evaluation_row(progress.evaluation, self.run.config) | alarms
+    def said(self, progress: Progress) -> dict[str, Any]:
+        """What an evaluation, the guard and warnings add to a line of metrics; new warnings are logged."""
+        for warning in progress.warnings:
+            if self.writes and warning not in self.told:
+                log.warning("iteration %d: %s", progress.number, warning)
+            self.told.add(warning)
+        row = evaluation_row(progress.evaluation, self.run.config) if progress.evaluation else {}
+        lists = {"alarms": progress.alarms, "warnings": progress.warnings}
+        return row | {name: found for name, found in lists.items() if found}
 
     def save(self) -> None:
         """Checkpoint the state after the last whole iteration and export the LoRA."""
@@ -300,4 +307,4 @@ class Session:
         rows = [row for row in self.run.metrics() if row["iteration"] <= self.learner.iteration]
         if not checkpoints(self.run.folder / "checkpoints"):
             rows = []
-        write_text(self.run.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(self.run.folder, rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .advantage import ranked
 from .data import Advantages, Finals, Plan, Prompt, Stats, StepRewards, Trajectory, join, join_rollouts
-from .distributed import Solo, World
+from .distributed import Solo, World, gather_texts
 from .knobs import Knob, flag
 from .learner import Learner
 from .probe import collect, submit
@@ -63,7 +63,7 @@ class Iteration:
     rewards: StepRewards
     """Of this process's chains."""
     errors: Sequence[str]
-    """Why images got no score."""
+    """Why images got no score: one reason of each process that has any."""
 
 
 class Sampled(NamedTuple):
@@ -106,7 +106,8 @@ def train(
         plan, last = traj.plan, finals.index[0, :, -1]
         if settings.shuffle_rewards:
             rewards = shuffled(rewards, plan)
-        complain_if_unscored(world, rewards, scored, settings.max_missing, learner.iteration + 1)
+        errors = gather_texts(world, scored.errors[:1])
+        complain_if_unscored(world, rewards, scored, errors, settings.max_missing, learner.iteration + 1)
         idle = idle + 1 if bool(scored.skipped.all()) else 0
         if idle == MOST_SKIPPED:
             raise RewardError(f"nobody voted in {idle} iterations in a row; when somebody is there, resume the run")
@@ -115,11 +116,12 @@ def train(
             stats = learn(model, cond, traj, advantages, recipe, learner, world, settings.train_batch)
             learner.iteration += 1
         ends = {label: scored.by_reward[label][last] for label in panel.labels}
-        stats = reward_stats(rewards, credit, advantages, plan, ends, world) | stats | clock.stats()
+        passed_over = {label: found[last] for label, found in scored.passed_over.items()}
+        stats = reward_stats(rewards, credit, advantages, plan, ends, passed_over, world) | stats | clock.stats()
         stats["evaluations"] = float(world.sum(torch.tensor(counted.evaluations, device=model.device)))
         stats["processes"] = float(world.size)
         texts = [prompts[i].text for i in plan.prompt.tolist()]
-        yield Iteration(learner.iteration, stats, images, texts, rewards, scored.errors)
+        yield Iteration(learner.iteration, stats, images, texts, rewards, errors)
 
 
 class Counted:
@@ -221,14 +223,19 @@ def shuffled(rewards: StepRewards, plan: Plan) -> StepRewards:
     return replace(rewards, values=values)
 
 
-def complain_if_unscored(world: World, rewards: StepRewards, scored: Scored, most: float, number: int) -> None:
-    """Raise RewardError when too many images of this iteration have no score; skipped ones do not count."""
+def complain_if_unscored(
+    world: World, rewards: StepRewards, scored: Scored, errors: Sequence[str], most: float, number: int
+) -> None:
+    """Raise RewardError when too many images of this iteration have no score; skipped ones do not count.
+
+    ``errors``: reasons of all processes.
+    """
     failed = scored.scores.isnan().any(0) & ~scored.skipped
     usable = rewards.values.isfinite().all(0).sum()
     count = torch.stack([failed.sum(), torch.tensor(len(failed)), scored.skipped.sum(), usable.cpu()])
     num_failed, num_images, num_skipped, num_usable = world.sum(count.to(rewards.values.device)).tolist()
     if num_failed > most * num_images or (num_usable == 0 and num_skipped == 0):
-        reason = scored.errors[0] if scored.errors else "another process knows why"
+        reason = errors[0] if errors else "a reward gave NaN"
         raise RewardError(
             f"iteration {number}: {num_failed} of {num_images} images could not be scored ({reason}); mend the "
             "reward, then resume the run"

@@ -33,7 +33,10 @@ def score_images(
     rows = [
         ", ".join(f"{label} {values[i]:.3f}" for label, values in scored.by_reward.items()) for i in range(len(images))
     ]
-    report = "\n".join(f"{i + 1}: {row}" for i, row in enumerate(rows)) + "".join(f"\n{e}" for e in scored.errors)
+    means = [f"{label} {values.nanmean():.3f}" for label, values in scored.by_reward.items()]
+    lines = [f"mean of {len(images)}: {', '.join(means)}"] if len(images) > 1 else []
+    lines += [f"{i + 1}: {row}" for i, row in enumerate(rows)]
+    report = "\n".join([*lines, *dict.fromkeys(scored.errors)])
     return annotated(pixels, rows).movedim(1, -1), torch.where(total.isfinite(), total, torch.nan).tolist(), report
 
 

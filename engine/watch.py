@@ -4,9 +4,10 @@ import sys
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .distributed import World
-from .run import Run
+from .run import HELD_OUT, Run
 from .session import BEST_LORA, LORA, Progress, Session
 
 
@@ -20,9 +21,10 @@ def watch(run: Run, world: World, resume: bool) -> int:
     total = run.config.training.iterations
     bar = tqdm(total=total, disable=quiet, unit="iteration", desc=run.config.name, dynamic_ncols=True)
     try:
-        for progress in session.execute():
-            bar.update(progress.number - bar.n)
-            bar.set_postfix_str(postfix(progress))
+        with logging_redirect_tqdm():  # a message, such as the address of the vote page, gets a line of its own
+            for progress in session.execute():
+                bar.update(progress.number - bar.n)
+                bar.set_postfix_str(postfix(progress))
     except (KeyboardInterrupt, torch.OutOfMemoryError) as reason:
         bar.close()
         if not quiet:
@@ -43,7 +45,8 @@ def postfix(progress: Progress) -> str:
         reward = progress.iteration.stats["reward"]
         parts.append(f"reward {reward:.3f}" if reward == reward else "no reward")
     if progress.evaluation:
-        parts.append("held-out " + ", ".join(f"{k} {v:.3f}" for k, v in progress.evaluation.means.items()))
+        means = progress.evaluation.means.items()
+        parts.append("held-out " + ", ".join(f"{name.removeprefix(HELD_OUT)} {mean:.3f}" for name, mean in means))
     if progress.alarms:
         parts.append("GAMED")
     return ", ".join(parts)
@@ -64,12 +67,17 @@ def stopped(run: Run, session: Session, reason: BaseException) -> str:
 
 def summary(run: Run, session: Session) -> None:
     """The closing lines: held-out reward before and after, and what the guard against gaming said."""
-    rows = [row for row in run.metrics() if row.get("evaluation_reward") is not None]
+    every = run.metrics()
+    rows = [row for row in every if row.get("evaluation_reward") is not None]
     if rows:
         base, trained = rows[0]["evaluation_reward"], rows[-1]["evaluation_reward"]
         images = rows[-1]["evaluation_images"]
+        before, after = rows[0]["evaluation"], rows[-1]["evaluation"]
+        for name in (name for name, mean in before.items() if name.startswith(HELD_OUT) and mean is not None):
+            if after.get(name) is not None:
+                print(f"only measured: {name.removeprefix(HELD_OUT)} {before[name]:.3f} -> {after[name]:.3f}")
         print(f"held-out reward: base {base:.3f} -> trained {trained:.3f} ({images} images)")
-    alarms = [alarm for row in run.metrics() for alarm in row.get("alarms", ())]
+    alarms = [alarm for row in every for alarm in row.get("alarms", ())]
     if alarms:
         print(f"{len(alarms)} times a held-out reward fell while the trained one rose; the last: {alarms[-1]}")
         if (run.folder / BEST_LORA).exists():

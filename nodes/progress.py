@@ -1,6 +1,5 @@
 """What the ComfyUI page sees of a run: progress bar, preview, text, events, and a route to rebuild from."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,33 +26,24 @@ class Follower:
     """Shows the progress of one run on its node."""
 
     def __init__(self, node_id: str):
-        self.node_id, self.start, self.first = node_id, time.monotonic(), 0
+        self.node_id = node_id
         self.bar: Any = None
 
     def __call__(self, session: Session, progress: Progress) -> None:
         """Update the bar, the preview and the text, and tell every open page."""
         if self.bar is None:
             self.bar = comfy.utils.ProgressBar(max(progress.total, 1), node_id=self.node_id)
-            self.first = progress.number - (progress.iteration is not None)
         images = progress.iteration.images if progress.iteration else None
         if images is None and progress.evaluation:
             images = progress.evaluation.images
         preview = None if images is None else ("JPEG", grid(images[:16], columns=4, smallest=96), PREVIEW_SIZE)
         self.bar.update_absolute(progress.number, max(progress.total, 1), preview)
-        text = f"{progress.number}/{progress.total}  {postfix(progress)}  {self.remaining(progress)}"
+        text = f"{progress.number}/{progress.total}  {postfix(progress)}"  # the time left is in the page's own text
         if PromptServer.instance is not None:
             PromptServer.instance.send_progress_text(text, self.node_id)
-            rows = session.run.metrics()
-            data = {"node": self.node_id, "run": session.run.folder.name, "total": progress.total, "row": rows[-1]}
+            run = session.run
+            data = {"node": self.node_id, "run": run.folder.name, "total": progress.total, "row": run.last_row()}
             PromptServer.instance.send_sync(EVENT, data)
-
-    def remaining(self, progress: Progress) -> str:
-        """Time to go at the speed so far."""
-        done = progress.number - self.first
-        if done <= 0:
-            return ""
-        seconds = (time.monotonic() - self.start) / done * (progress.total - progress.number)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} left"
 
 
 async def status(request: web.Request) -> web.Response:

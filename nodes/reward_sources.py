@@ -12,9 +12,9 @@ from ..engine.rewards.files import folders
 from . import sockets
 from .widgets import CATEGORY, widget, widgets
 
-REMOTE = ("url", "api_key_variable", "batch_size", "timeout", "retries")
+REMOTE = ("url", "api_key_variable", "batch_size", "timeout", "patience")
 JUDGE = ("base_url", "model", "preset", "mode", "question", "labels", "low", "high", "max_tokens")
-SERVER = ("thinking", "api_key_variable", "workers", "timeout", "retries")
+SERVER = ("thinking", "api_key_variable", "workers", "timeout", "patience")
 VOTE = ("mode", "timeout", "min_voters")
 COMPUTING = ("placement", "precision")
 AS_IT_IS = "default"
@@ -36,9 +36,8 @@ def test_connection() -> Any:
 
 def connected(name: str, options: dict[str, Any], test: bool) -> io.NodeOutput:
     """A reward over the network, and what a trial of it says."""
-    with errors_named(f"reward {name}"):
-        reward = make_reward(name, **{key: value for key, value in options.items() if key != "weight"})
-        said = reward.test_connection() if test else "not tested"  # pyright: ignore[reportAttributeAccessIssue]
+    reward = make_reward(name, **{key: value for key, value in options.items() if key != "weight"})
+    said = reward.test_connection() if test else "not tested"  # pyright: ignore[reportAttributeAccessIssue]
     if test and not said.startswith("OK"):
         FAILURES[key_of(options)] += 1
     return io.NodeOutput(sockets.RewardChoice(({"name": name, **options},)), said, ui={"text": [said]})

@@ -8,7 +8,7 @@ from densegrpo.engine.rewards.remote.judge import VlmJudge
 
 def judge(stub_or_url, **options):
     url = stub_or_url if isinstance(stub_or_url, str) else stub_or_url.url
-    options = {"base_url": f"{url}/v1", "model": "judge-1", "timeout": 2.0, "retries": 1, "backoff": 0.01, **options}
+    options = {"base_url": f"{url}/v1", "model": "judge-1", "timeout": 2.0, "patience": 0.5, **options}
     check("vlm_judge", options_of(VlmJudge), options)
     return VlmJudge(**options)
 

@@ -29,7 +29,7 @@ def serving(*entries, members=None):
 
 
 def client(url, **options):
-    return RemoteHttp(**{"url": url, "timeout": 5.0, "retries": 0, "backoff": 0.01, **options})
+    return RemoteHttp(**{"url": url, "timeout": 5.0, "patience": 0.0, **options})
 
 
 def eight_bit_images(num=6, height=24, width=20, seed=0):

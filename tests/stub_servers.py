@@ -7,12 +7,14 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
+from densegrpo.engine.rewards.remote.patience import ABSENCES
 from PIL import Image
 
 
@@ -39,7 +41,7 @@ class Request:
 class Stub:
     """``script``: answers in order, the last one for ever; or a function of the request."""
 
-    def __init__(self, *script: Answer | Callable[[Request], Answer]):
+    def __init__(self, *script: Answer | Callable[[Request], Answer], port: int = 0):
         self.script = list(script)
         self.requests: list[Request] = []
         self.lock = threading.Lock()
@@ -63,8 +65,10 @@ class Stub:
             def handle_error(self, *args):
                 pass
 
-        self.server = Quiet(("127.0.0.1", 0), Handler)
+        self.server = Quiet(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        if not port:
+            ABSENCES.over(self.url)  # of a server of an earlier test that had the same port
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -101,7 +105,38 @@ def dead_url() -> str:
     """An address on this machine where nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    ABSENCES.over(url)
+    return url
+
+
+@contextmanager
+def wire(*parts: bytes, gap: float = 0.0, last: int = 0) -> Iterator[str]:
+    """The address of a server that reads each request and sends ``parts``, the last of them ``last`` times more."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    gone = threading.Event()
+
+    def answer(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.recv(65536)
+            for part in [*parts, *[parts[-1]] * last]:
+                connection.sendall(part)
+                if gone.wait(gap):
+                    return
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    ABSENCES.over(url)
+    try:
+        yield url
+    finally:
+        gone.set()
+        listener.close()
 
 
 def grey(text: str) -> float:

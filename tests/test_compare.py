@@ -286,7 +286,7 @@ class Stub:
 
     def evaluate(self, name):
         self.now += 100
-        return SimpleNamespace(means={"darkness": 0.5}, num_images=1, statistics={})
+        return SimpleNamespace(means={"darkness": 0.5}, num_images=1, missing={}, statistics={})
 
     def iterations(self):
         for number in range(1, 1000):

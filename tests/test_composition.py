@@ -100,6 +100,55 @@ def test_differences_below_min_std_are_noise_and_teach_nothing():
     assert torch.equal(floored[4:], free[4:])
 
 
+QUIET = [0.5, 0.5001, 0.4999, 0.5]
+OTHERS = {"each": ViewRules((1e-3,), (False,)), "gdpo": ViewRules((1e-3,), (False,), over_batch=True)}
+
+
+def with_quiet(num_groups, rules, **options):
+    """Advantages of a group that is heard, among some that are not."""
+    credit = torch.tensor([0.1, 0.9, 0.2, 0.8, *QUIET * num_groups], dtype=torch.float64)
+    group = torch.arange(1 + num_groups).repeat_interleave(4)
+    rewards = StepRewards(torch.zeros(1, 1, 1), torch.ones(1), rules)
+    mask = torch.ones(len(group), 2, dtype=torch.bool)
+    return GroupNorm(**options)(credit[None, :, None].expand(-1, -1, 2), rewards, group, mask)
+
+
+@pytest.mark.parametrize("norm_axis", ["step", "joint"])
+@pytest.mark.parametrize(("mode", "std_scope"), [("each", "global"), ("gdpo", "group"), ("gdpo", "global")])
+def test_what_a_group_learns_does_not_depend_on_how_many_others_are_silent(mode, std_scope, norm_axis):
+    """The spread that divides is 0.3536, that of the one group, and not 0.3536 / 2 for three silent ones."""
+    spread = (0.4**2 + 0.3**2) ** 0.5 / 2**0.5
+    expected = [x / spread for x in (-0.4, 0.4, -0.3, 0.3)]
+    for num_groups in (0, 1, 3):
+        found = with_quiet(num_groups, OTHERS[mode], std_scope=std_scope, norm_axis=norm_axis)
+        assert found.values[:4, 0].tolist() == pytest.approx(expected, abs=2e-3)
+        assert not found.values[4:].any()
+        assert found.mask.all(), "the KL penalty still holds them"
+
+
+def test_groups_that_are_flat_but_have_no_floor_count_over_the_batch_as_the_papers_have_it():
+    found = with_quiet(3, ViewRules((0.0,), (False,)), std_scope="global").values[:4, 0]
+    assert found.tolist() == pytest.approx([x / (0.125 / 4) ** 0.5 for x in (-0.4, 0.4, -0.3, 0.3)], abs=2e-3)
+
+
+def test_a_group_that_is_silent_for_one_reward_still_counts_for_the_other():
+    """Each is heard in one view: +-2 and +-1 by the weights, divided by the spread of both."""
+    rules = ViewRules((0.1, 0.1), (False, False), over_batch=True)
+    first, second = [0.0, 1.0, 0.0, 1.0, *QUIET], [*QUIET, 1.0, 0.0, 1.0, 0.0]
+    found = advantages(credit_of(first, second), [2.0, 1.0], rules, std_scope="global")
+    expected = [x / 2.5**0.5 for x in (-2, 2, -2, 2, 1, -1, 1, -1)]
+    assert found.tolist() == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_floor_of_a_steps_spread_does_not_make_noise_loud():
+    """``std_floor`` adds the spread of the other steps to the divisor; what is noise is noise all the same."""
+    credit = torch.tensor([[0.0, 0.5], [1.0, 0.5001], [0.0, 0.4999], [1.0, 0.5]], dtype=torch.float64)[None]
+    rewards = StepRewards(torch.zeros(1, 1, 1), torch.ones(1), ViewRules((1e-3,), (False,)))
+    found = GroupNorm(std_floor=0.5)(credit, rewards, GROUP[:4], torch.ones(4, 2, dtype=torch.bool)).values
+    assert found[:, 0].abs().min() > 0.5
+    assert not found[:, 1].any()
+
+
 def test_min_std_silences_one_reward_and_not_the_other():
     rules = ViewRules((0.1, 0.0), (False, False))
     found = advantages(credit_of([0.5, 0.51, 0.49, 0.5] * 2, LARGE), rules=rules)
@@ -128,6 +177,36 @@ def test_ranks_of_differences_that_are_noise_are_ties():
     found = ranked(StepRewards(values, torch.ones(1), ViewRules((1e-3,), (True,))), GROUP).values[0, :, 0]
     assert found[:4].tolist() == [0.5] * 4
     assert found[4:].tolist() == pytest.approx([0, 1, 1 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("std_scope", ["group", "global"])
+def test_min_std_is_a_difference_of_scores_also_where_ranks_are_trained_on(std_scope):
+    """Ranks differ by less than 0.4 whatever the scores; a floor of 5 must not silence scores from 0 to 100."""
+    recipe = make_recipe("flow_grpo", group_size=4, num_updates=1, std_scope=std_scope)
+    plan = recipe.plan((1, 2, 2), torch.linspace(1, 0, 4), (0, 0, 0))
+
+    def found(scores):
+        values = torch.full((1, 4, 4), torch.nan)
+        values[0, :, -1] = torch.tensor(scores)
+        return assign(recipe, StepRewards(values, torch.ones(1), ViewRules((5.0,), (True,))), plan, Solo())[1].values
+
+    ranks = torch.tensor([0.0, 1 / 3, 2 / 3, 1]) - 0.5
+    torch.testing.assert_close(
+        found([0.0, 20.0, 50.0, 100.0])[:, 0], ranks / ranks.std(correction=0), atol=1e-3, rtol=0
+    )
+    assert not found([0.0, 1.0, 2.0, 3.0]).any()
+
+
+def test_groups_whose_ranks_all_tie_are_silent_and_a_floor_of_other_rewards_stays_theirs():
+    quiet, scores = [1.0, 2.0, 3.0, 4.0], [0.0, 20.0, 50.0, 100.0]
+    values = torch.tensor([scores + quiet, scores + quiet])[..., None]
+    found = ranked(StepRewards(values, torch.ones(2), ViewRules((5.0, 5.0), (True, False))), GROUP)
+    assert 0 < found.rules.min_std[0] < 1e-3, "less than any rank but for ties"
+    assert found.rules.min_std[1] == 5
+    single = StepRewards(found.values[:1], torch.ones(1), ViewRules(found.rules.min_std[:1], (True,)))
+    credit = found.values[:1].expand(-1, -1, 2)
+    own = GroupNorm(std_scope="group")(credit, single, GROUP, TRAIN).values
+    torch.testing.assert_close(GroupNorm(std_scope="global")(credit, single, GROUP, TRAIN).values, own)
 
 
 def test_an_image_alone_is_neither_good_nor_bad():
@@ -160,7 +239,7 @@ def test_training_on_ranks_takes_nothing_but_their_order():
 
 def test_the_record_of_one_reward():
     scores = torch.tensor([1.0, 3.0, 5.0, torch.nan, 2.0, 2.0, 2.0, 2.0])
-    found = one_reward(scores, GROUP)
+    found = one_reward(scores, torch.zeros(8).bool(), GROUP)
     assert found["mean"] == pytest.approx(17 / 7)
     assert found["group_std"] == pytest.approx(((8 / 3) ** 0.5 + 0) / 2)
     assert found["flat_groups"] == 0.5

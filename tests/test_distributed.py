@@ -9,7 +9,7 @@ from threading import Barrier
 import pytest
 import torch
 from densegrpo.engine import cli
-from densegrpo.engine.distributed import Solo
+from densegrpo.engine.distributed import Solo, gather_texts
 from densegrpo.engine.evaluate import evaluate
 from densegrpo.engine.protocols import RewardResult
 from densegrpo.engine.rewards import Panel
@@ -175,7 +175,35 @@ def test_a_reward_that_fails_on_one_process_does_not_stop_the_others():
         first, second = threads.map(evaluated, range(2))
     assert list(first.scores) == list(second.scores) == ["d\nof two lines", "d\nof two lines/part"]
     assert first.scores["d\nof two lines/part"].isnan().tolist() == [i % 2 == 1 for i in range(len(PROMPTS))]
-    assert list(second.errors) == ["d\nof two lines: OSError: no room"] * (len(PROMPTS) // 2)
+    assert first.reasons == second.reasons == {"d\nof two lines": "OSError: no room"}
+    assert first.missing == second.missing == {"d\nof two lines": pytest.approx(1 / 3)}
+
+
+def test_a_failure_on_one_process_is_known_to_all():
+    """The first of them writes the record."""
+    barrier, table = Barrier(2), [None, None]
+
+    def errors(rank):
+        model, failing = Counting(), Panel([("d", Detailed(rank == 1), 1.0)])
+        learner, cond = Recording(model), model.encode([p.text for p in PROMPTS])
+        options, world = TrainSettings(iterations=1, groups=2, num_steps=4), Half(rank, barrier, table)
+        steps = train(model, cond, PROMPTS, failing, small("flow_grpo", {}), learner, options, world)
+        return [iteration.errors for iteration in steps]
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(errors, range(2))) == [[["d: OSError: no room"]]] * 2
+
+
+def test_processes_never_gather_nothing():
+    """Not every way to gather can."""
+
+    class Wanting(Solo):
+        def gather(self, rows, dim=0):
+            assert len(rows)
+            return rows
+
+    assert gather_texts(Wanting(), []) == []
+    assert gather_texts(Wanting(), ["b", "a\nb", "b"]) == ["b", "a\nb"]
 
 
 @pytest.mark.slow

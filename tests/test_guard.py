@@ -46,7 +46,11 @@ def test_it_fires_when_one_rises_and_the_other_falls():
 def test_it_says_what_fell_and_since_when():
     alarm = watched([0.2, 0.4, 0.6], [0.6, 0.5, 0.4])[-1][0]
     old, new = (rising(level, 7).mean() for level in (0.6, 0.4))
-    assert f"h went from {old:.3f} (iteration 0) to {new:.3f} (iteration 20) while the trained" in alarm
+    low, high = (rising(level).mean() for level in (0.2, 0.6))
+    assert alarm == (
+        f"h went from {old:.3f} to {new:.3f} between iterations 0 and 20 "
+        f"while t went from {low:.3f} to {high:.3f}: the reward is being gamed"
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,6 +159,61 @@ def test_the_best_is_found_on_images_that_both_evaluations_scored():
     easiest[-10:] = levels[-10:] - 0.2
     guard.add(1, {"h": easiest})
     assert not guard.is_best()
+
+
+def some_of(scores, indices):
+    """Those scores, NaN elsewhere."""
+    found = torch.full_like(scores, torch.nan)
+    found[indices] = scores[indices]
+    return found
+
+
+def test_a_fall_is_measured_from_the_best_on_images_that_both_evaluations_scored():
+    """The second evaluation scored only the ten easiest images: its mean is the highest, but none of them is better."""
+    guard, levels, easiest = Guard({"t": 1.0}, {"h": 1.0}, 1), torch.linspace(0, 1, N), slice(-10, None)
+    alarms = [
+        guard.add(10 * i, {"t": rising(0.2 * i), "h": held_out})
+        for i, held_out in enumerate([levels, some_of(levels - 0.2, easiest), levels - 0.2 - 0.01 * levels])
+    ]
+    assert [len(found) for found in alarms] == [0, 1, 1]
+    assert "h went from 0.500 to 0.295 between iterations 0 and 20" in alarms[2][0]
+    first, last = levels[easiest].mean(), (levels - 0.2)[easiest].mean()
+    assert f"h went from {first:.3f} to {last:.3f} between iterations 0 and 10" in alarms[1][0]
+
+
+def test_an_evaluation_of_a_handful_of_images_is_nothing_to_fall_from():
+    """Seven images rose to 2 and fell back: too few to tell. The others fell all the time."""
+    guard, handful = Guard({"t": 1.0}, {"h": 1.0}, 1), slice(0, 7)
+    for i, held_out in enumerate([rising(0.6), some_of(rising(2.0), handful), rising(0.3)]):
+        alarms = guard.add(i, {"t": rising(0.2 * i), "h": held_out})
+        assert not guard.is_best()
+    assert len(alarms) == 1
+    assert "between iterations 0 and 2" in alarms[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("h", 7), ("t", 7), ("h", 0)], ids=["held out", "trained", "none of the held-out"]
+)
+def test_it_says_when_it_had_too_few_images_to_judge(name, count):
+    guard = Guard({"t": 1.0}, {"h": 1.0}, 2)
+    said = []
+    for i, shared in enumerate([N, 8, count, N]):
+        scores = {"t": rising(0.1 * i), "h": rising(0.5)}
+        scores[name] = some_of(scores[name], slice(0, shared))
+        guard.add(i, scores)
+        said.append(guard.unjudged())
+    assert said[:2] == [[], []]
+    assert len(said[2]) == 1
+    assert said[2][0].startswith(f"{name} has scores of {count} images that an earlier evaluation scored too: too few")
+    assert said[3] == [], "enough are shared with the first"
+
+
+def test_without_anything_to_watch_nothing_is_unjudged():
+    for held_out, in_a_row in (({}, 2), ({"h": 1.0}, 0)):
+        guard = Guard({"t": 1.0}, held_out, in_a_row)
+        for i in range(3):
+            guard.add(i, {"t": rising(0.1)[:3], "h": rising(0.1)[:3]})
+            assert guard.unjudged() == []
 
 
 def test_people_have_no_evaluations_so_a_fall_alone_is_enough():

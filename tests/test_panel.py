@@ -248,6 +248,61 @@ def test_equal_rewards_have_labels_of_their_own():
     assert labels == ["held-out/brightness", "held-out/brightness (2)", "held-out/brightness (3)"]
 
 
+class Odd(Person):
+    """Not a person, but it takes the same answers."""
+
+    interactive = False
+
+
+KINDS = {
+    "float64": torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64),
+    "float16": torch.tensor([0.25, 0.5, 1.0], dtype=torch.float16),
+    "with gradient": torch.tensor([0.25, 0.5, 1.0], requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("scores", KINDS.values(), ids=KINDS)
+def test_numbers_of_any_kind_become_float32_on_the_cpu(scores):
+    found = Panel([("odd", Odd(lambda _: RewardResult(scores, {"part": scores})), 1.0)])(images(), PROMPTS)
+    for values in (found.scores[0], found.by_reward["odd"], found.by_reward["odd/part"]):
+        assert (values.dtype, values.requires_grad) == (torch.float32, False)
+        assert values.tolist() == [0.25, 0.5, 1.0]
+
+
+def test_whole_numbers_and_truth_values_are_scores_too():
+    for scores in (torch.tensor([0, 1, 2]), torch.tensor([False, True, True])):
+        found = Panel([("odd", Odd(lambda _, scores=scores: RewardResult(scores)), 1.0)])(images(), PROMPTS)
+        assert found.scores.tolist() == [scores.tolist()]
+        assert found.scores.dtype == torch.float32
+
+
+def test_infinite_scores_are_none_and_say_so():
+    scores = torch.tensor([1.0, torch.inf, -torch.inf])
+    found = Panel([("odd", Odd(lambda _: RewardResult(scores)), 1.0)])(images(), PROMPTS)
+    assert found.scores[0].isnan().tolist() == [False, True, True]
+    assert found.reasons == {"odd": ["the score is not a finite number"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (RewardResult(torch.zeros(2)), r"reward odd returned shape \(2,\) for 3 images"),
+        (RewardResult(torch.zeros(3, 1)), r"reward odd returned shape \(3, 1\) for 3 images"),
+        (
+            RewardResult(torch.zeros(3), {"part": torch.zeros(4)}),
+            r"reward odd, part returned shape \(4,\) for 3 images",
+        ),
+        (RewardResult([1.0, 2.0, 3.0]), "reward odd returned list; it must return a tensor"),
+        (torch.zeros(3), "reward odd returned Tensor; it must return a RewardResult"),
+        (None, "reward odd returned NoneType; it must return a RewardResult"),
+    ],
+    ids=["too few", "a column", "a wrong detail", "a list", "bare scores", "nothing"],
+)
+def test_what_is_not_one_number_for_each_image_is_a_bug_of_the_reward_and_named(answer, message):
+    with pytest.raises(RuntimeError, match=message):
+        Panel([("odd", Odd(lambda _: answer), 1.0)])(images(), PROMPTS)
+
+
 def test_reasons_and_skips_of_parts_keep_their_images():
     def answer(batch):
         return RewardResult(torch.tensor([1.0, torch.nan, torch.nan]), errors={1: "blurred"}, skipped=frozenset({2}))

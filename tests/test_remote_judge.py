@@ -12,6 +12,7 @@ import torch
 from densegrpo.engine import waiting
 from densegrpo.engine.protocols import RewardBatch
 from densegrpo.engine.rewards.remote import judge as judge_module
+from densegrpo.engine.rewards.remote import patience
 from densegrpo.engine.rewards.remote.judge import Answers, VlmJudge
 from judging import batch, judge
 from PIL import Image
@@ -21,8 +22,9 @@ SCORED = {"preset": "own", "mode": "score", "question": "Rate {prompt}", "labels
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch):
+def nothing_kept_and_short_pauses(monkeypatch):
     monkeypatch.setattr(judge_module, "KEPT", Answers())
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.02)
 
 
 # what is asked
@@ -177,7 +179,7 @@ def test_no_images_no_question():
 def test_requests_that_failed_for_a_moment_do_not_show():
     answers = [Answer({}, 503), Answer({}, 429, {"Retry-After": "0"}), judge_of(grey_yes)]
     with Stub(*answers) as stub:
-        result = judge(stub, workers=1, retries=2)(batch())
+        result = judge(stub, workers=1)(batch())
     torch.testing.assert_close(result.scores, torch.linspace(0, 1, 5), atol=0.003, rtol=0)
     assert len(stub.requests) == 7
 
@@ -266,7 +268,7 @@ def test_a_server_that_is_no_judge_is_told_before_training(answer, problem):
         ({**SCORED, "mode": "several"}, r"needs different labels, such as 'A, B', got 'Score'"),
         ({**SCORED, "mode": "several", "labels": "A, a"}, r"needs different labels"),
         ({"preset": "vqa"}, r"must be one of 'vqascore', 'unifiedreward'"),
-        ({"retries": 99}, r"must be a whole number in 0..10"),
+        ({"patience": -1.0}, r"must be a number in 0..86400"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, message):
@@ -349,7 +351,7 @@ def test_whoever_waits_for_a_check_can_stop_it(slow, asked, monkeypatch):
     with Stub(respond) as stub:
         start = time.monotonic()
         with pytest.raises(CancelledError):
-            asked(judge(stub, timeout=5.0, retries=0))
+            asked(judge(stub, timeout=5.0))
         assert time.monotonic() - start < 2
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from densegrpo.engine import serve as serve_module
 from densegrpo.engine.protocols import RewardBatch
+from densegrpo.engine.serve import make_server
 from PIL import Image
 from reward_serving import client, eight_bit_images, png, post, raw_connection, serving
 
@@ -172,3 +173,12 @@ def test_small_files_of_too_many_pixels_together_are_refused(monkeypatch):
     assert len(serve_module.read_pngs([png(size=(4, 4))] * 2)) == 2
     with pytest.raises(serve_module.RequestError, match="more than 40 pixels; send fewer at a time"):
         serve_module.read_pngs([png(size=(4, 4))] * 3)
+
+
+def test_many_clients_may_connect_at_once():
+    """Nobody is there yet to welcome them."""
+    server = make_server([{"name": "brightness"}], "127.0.0.1", 0)
+    with ExitStack() as stack:
+        stack.callback(server.server_close)
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(server.server_address, timeout=1))

@@ -1,5 +1,7 @@
 """``densegrpo rewards`` and ``densegrpo score``."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -84,7 +86,7 @@ def test_files_that_cannot_be_scored_give_nan_with_a_reason(picture, tmp_path, c
     assert reasons[0].startswith("densegrpo: text.png: cannot be read as an image (")
     assert reasons[1].startswith("densegrpo: cut.png: cannot be read as an image (")
     assert reasons[2] == "densegrpo: missing.png: there is no such file"
-    assert reasons[3].startswith("densegrpo: .: cannot be read as an image (")
+    assert reasons[3].startswith("densegrpo: .: it is a folder; name the files in it")
 
 
 def test_a_reward_that_fails_gives_nan_with_its_reason(root, picture, monkeypatch):
@@ -151,10 +153,33 @@ def test_a_missing_model_ends_in_one_sentence_with_the_command(picture, capsys):
         ("brightness:target=0.25", {"name": "brightness", "target": 0.25}),
         ("pickscore:batch_size=4, model=mine", {"name": "pickscore", "batch_size": 4, "model": "mine"}),
         ("shapes strict", VARIANTS["shapes strict"]),
+        (
+            "vlm_judge:preset=own,question=Is it red, blue, or 1, 2 = 3?, mode=score ,model=a:b",
+            {
+                "name": "vlm_judge",
+                "preset": "own",
+                "question": "Is it red, blue, or 1, 2 = 3?",
+                "mode": "score",
+                "model": "a:b",
+            },
+        ),
+        ("brightness:target=0.25,", {"name": "brightness", "target": 0.25}),
+        ("jpeg:,direction=incompressible", {"name": "jpeg", "direction": "incompressible"}),
+        (
+            '{"name": "vlm_judge", "preset": "own", "question": "Is it, mode=score, so?\\nYes"}',
+            {"name": "vlm_judge", "preset": "own", "question": "Is it, mode=score, so?\nYes"},
+        ),
     ],
 )
 def test_a_reward_is_written_with_its_options(text, entry):
     assert parse_reward(text) == entry
+
+
+def test_a_reward_of_a_configuration_can_be_given_as_it_stands_there(picture, capsys):
+    assert (
+        main(["score", str(picture("a.png", 51)), "--reward", json.dumps({"name": "brightness", "target": 0.2})]) == 0
+    )
+    assert capsys.readouterr().out.split()[-1] == "1.0000"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +187,12 @@ def test_a_reward_is_written_with_its_options(text, entry):
     [
         ("pikscore", "unknown reward 'pikscore' (did you mean 'pickscore'?); known: brightness"),
         ("brightness:0.5", "'0.5' must be OPTION=VALUE; brightness has: target"),
+        ("brightness:target=0.5,1", "must be a number in 0.0..1.0, got '0.5,1'"),
+        ("{name: brightness}", "is not JSON: Expecting property name enclosed in double quotes: line 1 column 2"),
+        ("{'name': 'brightness'}", 'as Windows\' does, write "{\\"name\\": \\"brightness\\"}"'),
+        ('{"reward": "brightness"}', 'must have a "name", such as {"name": "brightness"}'),
+        ('{"name": "pikscore"}', "unknown reward 'pikscore' (did you mean 'pickscore'?); known: brightness"),
+        ('{"name": "brightness", "target": "low"}', "must be a number in 0.0..1.0, got 'low'"),
         ("brightness:tarpet=1", "has no option 'tarpet' (did you mean 'target'?); it has: target"),
         ("brightness:target=low", "must be a number in 0.0..1.0, got 'low'"),
         ("pickscore:batch_size=1.5", "must be a whole number in 1..1024, got '1.5'"),

@@ -107,7 +107,7 @@ CONFIG = {
 
 
 def entry(port, **options):
-    return {"name": "remote_http", "url": f"http://127.0.0.1:{port}", "retries": 0, "backoff": 0.01, **options}
+    return {"name": "remote_http", "url": f"http://127.0.0.1:{port}", "patience": 0.0, **options}
 
 
 @pytest.fixture
@@ -232,12 +232,12 @@ class Skipping(Brightness):
         return RewardResult(scores.masked_fill(skipped, torch.nan), skipped=rows)
 
 
-def steps(kind):
+def steps(kind, method="flow_grpo", others=()):
     model = Counting()
     learner, cond = Recording(model), model.encode([p.text for p in PROMPTS])
     options = TrainSettings(iterations=2, groups=2, num_steps=6)
-    panel = Panel([("you", kind(), 1.0)])
-    loop = train(model, cond, PROMPTS, panel, small("flow_grpo", {}), learner, options)
+    panel = Panel([("you", kind(), 1.0), *others])
+    loop = train(model, cond, PROMPTS, panel, small(method, {}), learner, options)
     stats = [iteration.stats for iteration in loop]
     return learner, stats
 
@@ -246,17 +246,19 @@ def test_an_iteration_that_is_skipped_altogether_teaches_nothing_and_the_run_goe
     learner, stats = steps(Skipping)
     assert learner.iteration == 2
     assert learner.gradients == []
-    assert [row["unscored"] for row in stats] == [1, 1]
+    assert [(row["unscored"], row["skipped"]) for row in stats] == [(0, 1)] * 2
 
 
-def test_a_skipped_group_teaches_nothing_but_the_other_does():
+@pytest.mark.parametrize(("method", "others"), [("flow_grpo", ()), ("dense_grpo", [("far", Far(), 1.0)])])
+def test_a_skipped_group_teaches_nothing_but_the_other_does(method, others):
     class First(Skipping):
         first_only = True
 
-    learner, stats = steps(First)
+    learner, stats = steps(First, method, others)
     assert learner.gradients
     assert all(gradient.abs().max() > 0 for gradient in learner.gradients)
-    assert [row["masked"] for row in stats] == [0.5, 0.5]
+    assert [(row["masked"], row["unscored"], row["skipped"]) for row in stats] == [(0.5, 0, 0.5)] * 2
+    assert [row["rewards"]["you"]["missing"] for row in stats] == [0, 0]
 
 
 def test_people_are_never_asked_in_evaluations(tmp_path, monkeypatch):

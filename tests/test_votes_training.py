@@ -112,7 +112,7 @@ def test_the_model_learns_what_a_person_likes(tmp_path, caplog):
     rows, folder = voted(tmp_path, caplog, likes_dark)
     dark = [row["evaluation"]["held-out/darkness"] for row in rows if "evaluation" in row]
     assert dark[-1] > dark[0] + 0.05
-    assert rows[-1]["unscored"] == 0
+    assert rows[-1]["unscored"] == rows[-1]["skipped"] == 0
     scores = read_scores(write_scores(folder / "votes"))
     assert len({score.group for score in scores}) == 16
     assert {score.score for score in scores} <= {0.0, 0.5, 1.0}
@@ -137,7 +137,7 @@ def test_a_run_nobody_votes_in_goes_on_and_learns_nothing(tmp_path):
     run = Run.create(make_config(CONFIG | {"rewards": rewards, "training": training}), tmp_path, tmp_path)
     list(Session(run).execute())
     row = run.metrics()[-1]
-    assert (row["unscored"], row["masked"], row["updates"]) == (1, 1, 0)
+    assert (row["unscored"], row["skipped"], row["masked"], row["updates"]) == (0, 1, 1, 0)
     assert row["rewards"]["human_vote"]["mean"] is None
 
 
@@ -160,6 +160,6 @@ def test_stop_on_the_page_ends_the_run_and_resumed_it_asks_only_what_was_not_ans
     voter = Voter(likes_dark, caplog)
     finish(Session(run.continued(1), resume=True), voter)
     assert [row["iteration"] for row in run.metrics() if "reward" in row] == [1]
-    assert run.metrics()[-1]["unscored"] == 0
+    assert run.metrics()[-1]["skipped"] == 0
     assert len(voter.groups) == 1
     assert set(voter.groups[0]) != set(stopper.groups[0])

@@ -68,7 +68,7 @@ COMMON = {
 """What every reward of a run can have beside its own options."""
 COMPUTING = (
     *("placement", "precision", "batch_size", "threads", "workers"),
-    *("api_key_variable", "timeout", "retries", "backoff", "port", "min_voters"),
+    *("api_key_variable", "timeout", "patience", "port", "min_voters"),
 )
 """Options that say how a reward is computed, not what it is."""
 

@@ -43,10 +43,20 @@ class Scored(NamedTuple):
     """[M, N] float32; NaN = no score."""
     by_reward: Mapping[str, Tensor]
     """Label -> [N] raw scores and sub-scores, for the record."""
-    errors: Sequence[str]
-    """One reason for each image that got no score."""
-    skipped: Tensor
-    """[N] bool: a person chose to pass over it."""
+    reasons: Mapping[str, Sequence[str]]
+    """Label -> why, for each image that it could not score."""
+    passed_over: Mapping[str, Tensor]
+    """Label -> [N] bool: a person chose to pass over it."""
+
+    @property
+    def errors(self) -> list[str]:
+        """All reasons, each with its reward."""
+        return [f"{label}: {reason}" for label, reasons in self.reasons.items() for reason in reasons]
+
+    @property
+    def skipped(self) -> Tensor:
+        """[N] bool: passed over, for whichever reward."""
+        return torch.stack([*self.passed_over.values()]).any(0)
 
 
 class Panel:
@@ -92,6 +102,7 @@ class Panel:
         try:
             yield scoring
         except BaseException as stop:
+            scoring.close()  # first: what is stopped must not make room for the next
             stop_all()
             if isinstance(stop, Interrupted):
                 raise stop.reason from None
@@ -167,11 +178,12 @@ class Scoring:
         scores = torch.stack(capped)
         if self.panel.mode == "sum":
             scores = (self.panel.member_weights[:, None] * scores).sum(0, keepdim=True)
-        skipped = torch.zeros(scores.shape[1], dtype=torch.bool)
-        skipped[[i for result in results for i in result.skipped]] = True
-        named = zip(self.panel.labels, results, strict=True)
-        errors = [f"{label}: {reason}" for label, result in named for reason in result.errors.values()]
-        return Scored(scores, by_reward, errors, skipped)
+        named = dict(zip(self.panel.labels, results, strict=True))
+        reasons = {label: list(result.errors.values()) for label, result in named.items()}
+        passed_over = {label: torch.zeros(scores.shape[1], dtype=torch.bool) for label in named}
+        for label, result in named.items():
+            passed_over[label][list(result.skipped)] = True
+        return Scored(scores, by_reward, reasons, passed_over)
 
     def close(self) -> None:
         """Drop what nobody waits for any more."""
@@ -182,8 +194,8 @@ class Scoring:
 def ask(label: str, reward: Reward, batch: RewardBatch) -> RewardResult:
     """Call one reward; an exception or an infinite score becomes NaN with a reason, never 0.
 
-    Raises RuntimeError when the reward answers with a wrong shape: that is a bug of the reward. Running out of memory
-    is not the reward's failure either: smaller batches may help.
+    Raises RuntimeError when the reward answers with something else than a number for each image, sub-scores included:
+    that is a bug of the reward. Running out of memory is not the reward's failure either: smaller batches may help.
     """
     num_images = len(batch.prompts)
     try:
@@ -193,14 +205,22 @@ def ask(label: str, reward: Reward, batch: RewardBatch) -> RewardResult:
     except Exception as problem:  # a reward is foreign code; its failure must not end a run
         reason = f"{type(problem).__name__}: {problem}"
         return RewardResult(torch.full((num_images,), torch.nan), {}, dict.fromkeys(range(num_images), reason))
-    scores = result.scores.detach().float().cpu()
-    if scores.shape != (num_images,):
-        raise RuntimeError(f"reward {label} returned shape {tuple(scores.shape)} for {num_images} images")
+    if not isinstance(result, RewardResult):
+        raise RuntimeError(f"reward {label} returned {type(result).__name__}; it must return a RewardResult")
+    scores = numbers(f"reward {label}", result.scores, num_images)
+    details = {name: numbers(f"reward {label}, {name}", found, num_images) for name, found in result.details.items()}
     missing = unscored(scores)
     reasons = {i: result.errors.get(i, "the score is not a finite number") for i in missing if i not in result.skipped}
-    return RewardResult(
-        scores.where(scores.isfinite(), torch.nan), result.details, reasons, result.skipped & set(missing)
-    )
+    return RewardResult(scores.where(scores.isfinite(), torch.nan), details, reasons, result.skipped & set(missing))
+
+
+def numbers(who: str, found: Any, num_images: int) -> Tensor:
+    """What was returned, as float32 on the CPU; RuntimeError when it is not one number for each image."""
+    if not isinstance(found, Tensor):
+        raise RuntimeError(f"{who} returned {type(found).__name__}; it must return a tensor")
+    if found.shape != (num_images,):
+        raise RuntimeError(f"{who} returned shape {tuple(found.shape)} for {num_images} images")
+    return found.detach().float().cpu()
 
 
 def call(reward: Reward, batch: RewardBatch) -> RewardResult:

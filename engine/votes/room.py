@@ -1,6 +1,5 @@
 """Where one run and the people who vote on its images meet."""
 
-import json
 import logging
 import math
 import secrets
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..metrics import last_row
 from ..waiting import INTERRUPTS, check_interrupts, wait_until
 from .ballots import Ballot
 from .board import Board, Group
@@ -33,8 +33,6 @@ HOSTS: list[Host] = []
 """A host appends itself; without one, a run opens a small page of its own."""
 ROOMS: list["Room"] = []
 """Runs that ask for votes now, newest last."""
-TAIL = 65536
-"""Bytes from the end of the metrics that surely hold their last line."""
 
 
 class Room:
@@ -96,16 +94,8 @@ class Room:
 
     def next_iteration(self) -> int | None:
         """The iteration that the run works on, by its metrics; None when there are none."""
-        path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
-            lines = file.read().split(b"\n")
-        try:
-            return int(json.loads(lines[-2])["iteration"]) + 1
-        except (ValueError, KeyError, TypeError, IndexError):
-            return None
+        row = last_row(self.folder)
+        return row["iteration"] + 1 if row and "iteration" in row else None
 
 
 def announce() -> None:

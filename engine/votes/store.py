@@ -170,7 +170,7 @@ def write_scores(folder: Path) -> Path:
         groups.setdefault(vote.group, {})[vote.voter] = vote
     rows = [row for answers in groups.values() for row in score_rows(list(answers.values()))]
     if not rows:
-        raise ValueError(f"{folder} holds no votes; give the folder votes of a run that was trained with human_vote")
+        raise ValueError(f"{folder} holds no votes; give the folder of a run in which people voted, such as runs/demo")
     write_text(folder / SCORES, "".join(json.dumps(row) + "\n" for row in rows))
     return folder / SCORES
 

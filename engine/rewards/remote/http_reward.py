@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
 from typing import Annotated, Any, ClassVar
@@ -16,9 +16,10 @@ from ...knobs import Knob, Text
 from ...protocols import RewardBatch, RewardResult
 from .address import Server, connect
 from .parallel import Failure, Workers, in_parallel, interruptibly
-from .picture import NOT_NUMBERS, png_files, spread, text_of
+from .patience import Limits, PatienceOption, RemoteError, Timeout
+from .picture import NOT_NUMBERS, png_file, refuse_other_than_rgb, spread, text_of
 from .reply import UnusableError, number
-from .transport import Backoff, KeyVariable, Patience, RemoteError, Retries, Timeout, excerpt, exchange
+from .transport import KeyVariable, excerpt, exchange
 from .trial import HEALTH_SECONDS, tried
 
 
@@ -33,36 +34,38 @@ class RemoteHttp:
     batch_size: Annotated[int, Knob(1, 1024, "images in one request")] = 16
     workers: Workers = 2
     timeout: Timeout = 60.0
-    retries: Retries = 2
-    backoff: Backoff = 0.5
+    patience: PatienceOption = 300.0
 
     def __call__(self, batch: RewardBatch) -> RewardResult:
         """Score every image. Raises ValueError when the server may not be asked."""
-        server = connect(self.url, self.api_key_variable)
-        files = png_files(batch.images)
-        good = [index for index, file in enumerate(files) if file is not None]
-        chunks = [good[start : start + self.batch_size] for start in range(0, len(good), self.batch_size)]
-        payloads = [
-            {
-                "prompt": [batch.prompts[i] for i in chunk],
-                "image": [text_of(files[i] or b"") for i in chunk],
-                "metadata": [dict(batch.metadata[i]) for i in chunk],
-            }
-            for chunk in chunks
-        ]
-        answers = in_parallel([partial(self.compute, server, payload) for payload in payloads], self.workers)
+        server, num_images = connect(self.url, self.api_key_variable), len(batch.prompts)
+        refuse_other_than_rgb(batch.images)
+        starts = range(0, num_images, self.batch_size)
+        parts = [range(num_images)[start : start + self.batch_size] for start in starts]
+        answers = in_parallel([partial(self.compute, server, batch, part) for part in parts], self.workers)
         found: dict[int, float | Failure] = {}
-        for chunk, answer in zip(chunks, answers, strict=True):
-            found |= dict(zip(chunk, [answer] * len(chunk) if isinstance(answer, Failure) else answer, strict=True))
-        errors = {index: NOT_NUMBERS for index, file in enumerate(files) if file is None}
-        errors |= {index: value.reason for index, value in found.items() if isinstance(value, Failure)}
+        for part, answer in zip(parts, answers, strict=True):
+            found |= dict.fromkeys(part, answer) if isinstance(answer, Failure) else answer
+        errors = {index: value.reason for index, value in found.items() if isinstance(value, Failure)}
         scored = {index: value for index, value in found.items() if not isinstance(value, Failure)}
-        return RewardResult(spread(list(scored), list(scored.values()), len(files)), {}, errors)
+        return RewardResult(spread(list(scored), list(scored.values()), num_images), {}, errors)
 
-    def compute(self, server: Server, payload: Mapping[str, Sequence[Any]], given_up: Event) -> list[float | Failure]:
+    def compute(
+        self, server: Server, batch: RewardBatch, part: Sequence[int], given_up: Event
+    ) -> dict[int, float | Failure]:
         """The score of each image of one request, or why it has none."""
-        patience = Patience(self.timeout, self.retries, self.backoff)
-        return scores_in(exchange(server, "/compute", payload, patience, given_up), len(payload["image"]))
+        files = {index: png_file(batch.images[index]) for index in part}
+        texts = {index: text_of(file) for index, file in files.items() if file is not None}
+        found: dict[int, float | Failure] = dict.fromkeys(files.keys() - texts.keys(), Failure(NOT_NUMBERS))
+        if texts:
+            payload = {
+                "prompt": [batch.prompts[index] for index in texts],
+                "image": list(texts.values()),
+                "metadata": [dict(batch.metadata[index]) for index in texts],
+            }
+            answer = exchange(server, "/compute", payload, Limits(self.timeout, self.patience), given_up)
+            found |= dict(zip(texts, scores_in(answer, len(texts)), strict=True))
+        return found
 
     def validate(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[str]:
         """An address that may not be asked, or a server that is not there; any prompt will do."""
@@ -75,9 +78,8 @@ class RemoteHttp:
     def health(self) -> None:
         """Ask once whether the server is there. Raises ValueError or RemoteError that says what to do."""
         server = connect(self.url, self.api_key_variable)
-        patience = Patience(min(self.timeout, HEALTH_SECONDS), 0, 0)
         try:
-            exchange(server, "/health", None, patience, Event(), parse=len)
+            exchange(server, "/health", None, Limits(min(self.timeout, HEALTH_SECONDS), 0), Event(), parse=len)
         except RemoteError as problem:
             raise RemoteError(
                 f"{problem}. Start the reward server (an example: densegrpo serve --reward NAME --port 8090), or "
@@ -86,7 +88,7 @@ class RemoteHttp:
 
     def test_connection(self) -> str:
         """Whether it works, as a paragraph for a person. Raises only what the host raises to stop."""
-        return tried(self.url, self.health, self)
+        return tried(self.url, self.health, replace(self, patience=0.0))
 
 
 def scores_in(answer: Any, num_images: int) -> list[float | Failure]:

@@ -5,9 +5,10 @@ one that was given is remembered and not asked for again.
 """
 
 import hashlib
+import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from threading import Event, Lock
 from typing import Annotated, Any, ClassVar
@@ -17,10 +18,11 @@ from ...protocols import RewardBatch, RewardResult
 from .address import Server, connect
 from .atoms import Question, problem_with
 from .parallel import Failure, Workers, in_parallel, interruptibly
-from .picture import NOT_NUMBERS, png_files, spread, text_of, trial_batch
+from .patience import Limits, PatienceOption, RemoteError, Timeout
+from .picture import NOT_NUMBERS, Picture, refuse_other_than_rgb, spread, text_of, trial_batch
 from .plans import OWN, PRESETS, READERS, TOKENS, Plan
-from .reply import read_reply
-from .transport import Backoff, KeyVariable, Patience, RemoteError, Retries, Timeout, excerpt, exchange
+from .reply import UnusableError, read_reply
+from .transport import KeyVariable, excerpt, exchange
 from .trial import HEALTH_SECONDS, tried
 
 SEED = 0
@@ -55,8 +57,7 @@ class VlmJudge:
     api_key_variable: KeyVariable = ""
     workers: Workers = 8
     timeout: Timeout = 60.0
-    retries: Retries = 2
-    backoff: Backoff = 0.5
+    patience: PatienceOption = 300.0
 
     def __post_init__(self):
         """Refuse options that contradict each other."""
@@ -68,6 +69,9 @@ class VlmJudge:
             )
         if self.preset == OWN and self.mode != "atoms" and not self.question.strip():
             raise ValueError(f"vlm_judge: preset {OWN!r} needs a question, such as 'Is this {{prompt}}? Yes or no?'")
+        unknown = set(re.findall(r"{(\w+)}", self.question)) - {"prompt"}
+        if unknown:
+            raise ValueError(f"vlm_judge: question has {{{min(unknown)}}}; only {{prompt}} stands for something")
         if self.low >= self.high:
             raise ValueError(f"vlm_judge: low must be below high, got {self.low} and {self.high}")
         if self.mode == "several" and len(set(self.plan.names)) < 2:
@@ -87,27 +91,27 @@ class VlmJudge:
 
     def judged(self, batch: RewardBatch, kept: "Answers") -> RewardResult:
         """Score every image; answers in ``kept`` are not asked for again."""
-        server, files = connect(self.base_url, self.api_key_variable), png_files(batch.images)
+        server = connect(self.base_url, self.api_key_variable)
+        refuse_other_than_rgb(batch.images)
         errors: dict[int, str] = {}
-        asked: list[tuple[int, Question]] = []
-        for index, file in enumerate(files):
+        asked: list[int] = []
+        jobs: list[Callable[[Event], tuple[float, ...]]] = []
+        for index, (prompt, metadata) in enumerate(zip(batch.prompts, batch.metadata, strict=True)):
             try:
-                questions = self.plan.questions(batch.prompts[index], batch.metadata[index])
+                questions = self.plan.questions(prompt, metadata)
             except ValueError as problem:
-                errors[index] = f"prompt {excerpt(batch.prompts[index])!r}: {problem}"
+                errors[index] = f"prompt {excerpt(prompt)!r}: {problem}"
                 continue
-            if file is None:
-                errors[index] = NOT_NUMBERS
-            else:
-                asked += [(index, question) for question in questions]
-        jobs = [partial(self.answer, server, files[index] or b"", question, kept) for index, question in asked]
+            picture = Picture(batch.images[index], len(questions))
+            jobs += [partial(self.answer, server, picture, question, kept) for question in questions]
+            asked += [index] * len(questions)
         values: dict[int, list[float]] = {}
-        for (index, _), answer in zip(asked, in_parallel(jobs, self.workers), strict=True):
+        for index, answer in zip(asked, in_parallel(jobs, self.workers), strict=True):
             if isinstance(answer, Failure):
                 errors.setdefault(index, answer.reason)
             else:
                 values.setdefault(index, []).extend(answer)
-        return self.result({i: found for i, found in values.items() if i not in errors}, errors, len(files))
+        return self.result({i: found for i, found in values.items() if i not in errors}, errors, len(batch.prompts))
 
     def result(self, values: Mapping[int, Sequence[float]], errors: Mapping[int, str], num_images: int) -> RewardResult:
         """The mean of each image's values; an image that lacks one of them has no score at all."""
@@ -118,15 +122,18 @@ class VlmJudge:
         return RewardResult(scores, details, errors)
 
     def answer(
-        self, server: Server, file: bytes, question: Question, kept: "Answers", given_up: Event
+        self, server: Server, picture: Picture, question: Question, kept: "Answers", given_up: Event
     ) -> tuple[float, ...]:
         """The numbers in the answer to one question about one image, 0..1. Raises RemoteError."""
+        file = picture.read()
+        if file is None:
+            raise UnusableError(NOT_NUMBERS)
         key = (self, question, hashlib.sha256(file).digest())
         found = kept.get(key)
         if found is None:
-            patience = Patience(self.timeout, self.retries, self.backoff)
+            limits = Limits(self.timeout, self.patience)
             reply = read_reply(
-                exchange(server, "/chat/completions", self.request(file, question.text), patience, given_up)
+                exchange(server, "/chat/completions", self.request(file, question.text), limits, given_up)
             )
             found = tuple(value if question.expected else 1 - value for value in self.plan.values(reply))
             kept.put(key, found)
@@ -163,9 +170,9 @@ class VlmJudge:
     def health(self) -> None:
         """Ask once for the models of the server. Raises ValueError or RemoteError that says what to do."""
         server = connect(self.base_url, self.api_key_variable)
-        patience = Patience(min(self.timeout, HEALTH_SECONDS), 0, 0)
+        limits = Limits(min(self.timeout, HEALTH_SECONDS), 0)
         try:
-            names = model_names(exchange(server, "/models", None, patience, Event()))
+            names = model_names(exchange(server, "/models", None, limits, Event()))
         except RemoteError as problem:
             raise RemoteError(f"{problem}. Start the server, or correct base_url (most end in /v1)") from None
         if self.model not in names:
@@ -178,7 +185,7 @@ class VlmJudge:
         """Whether it works, as a paragraph for a person. Raises only what the host raises to stop."""
         batch = trial_batch({"include": [{"class": "grey surface", "count": 1}]})
         name = f"Model {self.model} on {self.base_url}"
-        return tried(name, self.health, lambda trial: self.judged(trial, Answers()), batch)
+        return tried(name, self.health, lambda trial: replace(self, patience=0.0).judged(trial, Answers()), batch)
 
 
 def model_names(answer: Any) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Generic, NamedTuple, TypeVar
 
 from ...knobs import Knob
 from ...waiting import PERIOD, Interrupted, Worker, result_of
-from .transport import UnreachableError
+from .patience import UnreachableError
 
 Workers = Annotated[int, Knob(1, 256, "requests at a time")]
 T = TypeVar("T")

@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .transport import RemoteError, excerpt
+from .patience import RemoteError
+from .transport import excerpt
 
 LEVELS = {"excellent": 1.0, "good": 0.75, "fair": 0.5, "poor": 0.25, "bad": 0.0}
 """The five words of opinion scores (ITU-T P.910), as in DeQA-Score (arXiv 2501.11561), here from 1 to 0."""

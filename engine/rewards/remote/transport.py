@@ -1,24 +1,27 @@
 """JSON over HTTP with patience that ends: urllib only, a limit on everything, and no redirects.
 
-What passes by itself (no connection, no answer in time, HTTP 408, 409, 425, 429, 5xx, a damaged answer) is tried again
-a few times, later each time, or when the server says; any other answer fails at once.
+What passes by itself (no connection, no answer in time, HTTP 408, 409, 425, 429, 5xx, a damaged answer) is tried again,
+later each time, or when the server says (see ``patience.py``); any other answer fails at once.
 """
 
 import json
-import random
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import TimeoutError as NotYet
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http.client import HTTPException, HTTPResponse
 from threading import Event
 from typing import Annotated, Any, NamedTuple, TypeVar
 from urllib.error import URLError
 from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler, Request
 
-from ...knobs import Knob, Text
+from ...knobs import Text
+from ...waiting import Worker
 from .address import Server
+from .patience import ABSENCES, Attempts, Limits, PassingError, RemoteError
 
 MAX_ANSWER = 8 * 2**20
 """Bytes of one answer."""
@@ -28,38 +31,16 @@ BUSY = (429, 502, 503, 504)
 """Statuses that would meet any request now; 500 may be the fault of one image."""
 
 KeyVariable = Annotated[str, Text("environment variable that holds the key, DENSEGRPO_..._API_KEY; empty: no key")]
-Timeout = Annotated[float, Knob(0.1, 3600, "seconds to wait for one answer")]
-Retries = Annotated[int, Knob(0, 10, "how often a request that failed is tried again")]
-Backoff = Annotated[float, Knob(0, 60, "seconds before the first new attempt, doubled each time")]
 
 T = TypeVar("T")
 
 
-class RemoteError(RuntimeError):
-    """The server gave no answer that can be used."""
+class Received(NamedTuple):
+    """An answer."""
 
-
-class UnreachableError(RemoteError):
-    """It kept failing in a way that has nothing to do with the request: others would fail as well."""
-
-
-class PassingError(RemoteError):
-    """One attempt failed; another one may not."""
-
-    def __init__(self, reason: str, wait: float | None = None, *, answered: bool = False):
-        super().__init__(reason)
-        self.answered = answered
-        """Whether the server is there and failed on this request."""
-        self.wait = wait
-        """Seconds the server asks for; None: it does not say."""
-
-
-class Patience(NamedTuple):
-    """How long and how often to try."""
-
-    timeout: float
-    retries: int
-    backoff: float
+    status: int
+    retry_after: str | None
+    data: bytes
 
 
 def parse_json(data: bytes) -> Any:
@@ -74,7 +55,7 @@ def exchange(
     server: Server,
     path: str,
     payload: Any,
-    patience: Patience,
+    limits: Limits,
     given_up: Event,
     parse: Callable[[bytes], T] = parse_json,
 ) -> T:
@@ -85,13 +66,11 @@ def exchange(
     refuses or fails on this request.
     """
     body = None if payload is None else json.dumps(payload, allow_nan=False).encode()
-    number = 1
-    while isinstance(answer := once(server, path, body, patience.timeout, parse), PassingError):
-        if number > patience.retries or given_up.wait(pause(answer, number, patience)):
-            times = "one attempt" if number == 1 else f"{number} attempts"
-            kind = RemoteError if answer.answered else UnreachableError
-            raise kind(f"{server.url}{path}: no usable answer in {times}; {answer}")
-        number += 1
+    attempts = Attempts(server.url, limits)
+    while isinstance(answer := once(server, path, body, limits.timeout, parse), PassingError):
+        pause = attempts.pause(answer)
+        if pause is None or given_up.wait(pause):
+            raise attempts.failure(path, answer)
     return answer
 
 
@@ -109,27 +88,40 @@ def once(
 
 def attempt(server: Server, path: str, body: bytes | None, timeout: float) -> bytes:
     """The body of one answer. Raises PassingError or RemoteError."""
+    # urllib's own limit is for each piece of an answer, and looking up names has none. Whoever is late is left alone.
+    worker = Worker()
+    try:
+        status, wait, data = worker.submit(partial(received, server, path, body, timeout)).result(timeout)
+    except (NotYet, OSError, HTTPException) as problem:
+        reason = why(problem, timeout).encode(errors="replace")
+        raise PassingError(excerpt(server.without_key(reason))) from None  # it may quote what the server sent
+    finally:
+        worker.close()
+    if status not in BUSY:
+        ABSENCES.over(server.url)
+    if 200 <= status < 300:
+        return data
+    reason = f"HTTP {status}: {excerpt(data)}"
+    if status in PASSING or status >= 500:
+        raise PassingError(reason, retry_after(wait), answered=status not in BUSY)
+    if 300 <= status < 400:
+        reason = (
+            f"HTTP {status}: it sends us elsewhere, which could be a host that is not allowed; use the final address"
+        )
+    if status in (401, 403):
+        reason += "; api_key_variable names the environment variable that holds the key"
+    raise RemoteError(reason)
+
+
+def received(server: Server, path: str, body: bytes | None, timeout: float) -> Received:
+    """What a server answers. Raises OSError, HTTPException or RemoteError."""
     headers = {"Accept": "application/json", "User-Agent": "densegrpo"}
     headers |= {} if body is None else {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {server.key}"} if server.key else {}
     end = time.monotonic() + timeout
-    try:
-        with opener(server).open(Request(server.url + path, body, headers), timeout=timeout) as response:
-            data = server.without_key(read(response, end))
-    except (OSError, HTTPException) as problem:
-        raise PassingError(why(problem, timeout)) from None
-    if 200 <= response.status < 300:
-        return data
-    reason = f"HTTP {response.status}: {excerpt(data)}"
-    if response.status in PASSING or response.status >= 500:
-        wait = retry_after(response.headers.get("Retry-After"))
-        raise PassingError(reason, wait, answered=response.status not in BUSY)
-    if 300 <= response.status < 400:
-        reason = (
-            f"HTTP {response.status}: it sends us elsewhere, which could be a host that is not allowed; use the final "
-            "address"
-        )
-    raise RemoteError(reason)
+    with opener(server).open(Request(server.url + path, body, headers), timeout=timeout) as response:
+        data = server.without_key(read(response, end))
+    return Received(response.status, response.headers.get("Retry-After"), data)
 
 
 def opener(server: Server) -> OpenerDirector:
@@ -157,7 +149,7 @@ def read(response: HTTPResponse, end: float) -> bytes:
 def why(problem: Exception, timeout: float) -> str:
     """A failed connection in words."""
     reason = problem.reason if isinstance(problem, URLError) else problem
-    if isinstance(reason, TimeoutError):
+    if isinstance(reason, (TimeoutError, NotYet)):
         return f"no answer within {timeout:g} s"
     return f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
 
@@ -175,17 +167,11 @@ def retry_after(text: str | None) -> float | None:
     return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())
 
 
-def pause(problem: PassingError, number: int, patience: Patience) -> float:
-    """Seconds before the next attempt, never longer than the timeout; spread, so that not all threads come at once."""
-    spread = random.SystemRandom().uniform(0.5, 1)  # its own source: a run's random state stays untouched
-    if problem.wait is not None:
-        return min(problem.wait + patience.backoff * spread, patience.timeout)
-    return min(patience.backoff * 2 ** (number - 1), patience.timeout) * spread
-
-
 def excerpt(data: bytes | str, length: int = 200) -> str:
     """The beginning of what a server sent, on one line and printable."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     text = "".join(letter if letter.isprintable() else " " for letter in text[: 4 * length])
+    if text.lstrip().lower().startswith(("<!doctype", "<html")):
+        text = "a web page: " + re.sub(r"<[^<>]*>", " ", text)
     text = " ".join(text.split())
     return (f"{text[:length]}..." if len(text) > length else text) or "(empty)"

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from ...protocols import RewardBatch, RewardResult
 from .parallel import interruptibly
+from .patience import RemoteError
 from .picture import trial_batch
-from .transport import RemoteError
 
 HEALTH_SECONDS = 10.0
 """A server that is there says so within that time."""
