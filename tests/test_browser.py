@@ -67,6 +67,7 @@ def test_the_quickstart_runs_from_the_template_browser_and_is_there_again_after_
     assert visit["node"] in [node for node, _ in running["progress"]], "no progress on the Train Loop node"
     assert running["previews"] > 0
     assert running["preview"], "the Train Loop node shows no picture while it runs"
+    assert not any("not running" in text for text in running["texts"])
     texts = "\n".join(done["texts"])
     assert "quickstart_demo: iteration 2 of 2" in texts
     assert "training reward" in texts
@@ -77,6 +78,7 @@ def test_the_quickstart_runs_from_the_template_browser_and_is_there_again_after_
     assert "safetensors" not in saved
     before, lacking, ready = (visit["reward"][name] for name in ("before", "lacking", "ready"))
     assert lacking["text"].splitlines()[1:] == ["get them from somewhere", "package x is not installed"]
+    assert visit["reward"]["copied"] == "get them from somewhere"
     assert lacking["height"] >= before["height"] + 4 * 15, "four lines of text, all of them to be seen"
     assert (ready["text"], ready["height"]) == ("ready", lacking["height"] - 3 * 15)
     assert [error for error in visit["errors"] if OURS in error] == []

@@ -41,6 +41,7 @@ def test_votes_in_the_page_train_a_lora_and_stop_is_cancel(browser, server, tmp_
     seen = json.loads(done.stdout.splitlines()[-1])
 
     assert seen["voted"] == "execution_success"
+    assert seen["waiting"].endswith(" left"), "after a reload the page knows that the run goes on"
     assert any("canvas: iteration 3 of 3" in text for text in seen["texts"])
     votes = votes_of(server.runs / "canvas")
     assert [vote["iteration"] for vote in votes] == [1, 2, 3]
@@ -51,11 +52,13 @@ def test_votes_in_the_page_train_a_lora_and_stop_is_cancel(browser, server, tmp_
         assert vote["ballot"]["likes"] == [min(bright, key=lambda name: bright[name])]
     first, second, third = server.metrics("canvas")[1:]
     assert (first["masked"], first["unscored"]) == (second["masked"], second["unscored"]) == (0, 0)
-    assert (third["masked"], third["unscored"]) == (1, 1), "a skipped group teaches nothing"
+    assert (third["masked"], third["unscored"], third["skipped"]) == (1, 0, 1), "a skipped group teaches nothing"
     assert (server.runs / "canvas" / "lora.safetensors").is_file()
     assert list((server.base / "models" / "loras").glob("my_human_votes_*.safetensors"))
 
     assert seen["stopped"] == seen["cancelled"] == "execution_interrupted"
+    assert any(text.endswith("to go on: run_name canvas_stopped, resume on") for text in seen["goOn"])
+    assert not any("left" in text for text in seen["goOn"]), "nothing runs any more"
     assert seen["resumed"] == "execution_success"
     assert [vote["iteration"] for vote in votes_of(server.runs / "canvas_stopped")] == [1, 2]
     assert [row["iteration"] for row in server.metrics("canvas_stopped")] == [0, 1, 2]

@@ -2,7 +2,7 @@
 /**
  * What a run's metrics say, as text. Pure functions: the same file runs in the page and under `node --test`.
  *
- * @typedef {{iteration: number, reward?: number, seconds?: number, evaluation?: Record<string, number>, alarms?: string[]}} Row
+ * @typedef {{iteration: number, reward?: number, seconds?: number, evaluation?: Record<string, number>, alarms?: string[], warnings?: string[]}} Row
  * @typedef {{run: string, total: number, rows: Row[]}} Status answer of GET /densegrpo/status?run=NAME
  */
 
@@ -31,8 +31,18 @@ export function remaining({ total, rows }) {
   return `${duration((left * times.reduce((a, b) => a + b)) / times.length)} left`;
 }
 
-/** The state of a run: training, each held-out reward, time to go. @param {Status} status */
-export function summary({ run, total, rows }) {
+/** How to go on with a run that ended early; nothing after the last iteration. @param {Status} status */
+export function resuming({ run, total, rows }) {
+  const last = rows[rows.length - 1];
+  if (!last || last.iteration >= total) return "";
+  return `not running; to go on: run_name ${run}, resume on${last.alarms?.length ? ", when_gamed warn" : ""}`;
+}
+
+/**
+ * The state of a run: training, each held-out reward, and the time to go, or how to go on when it does not run.
+ * @param {Status} status @param {boolean} running
+ */
+export function summary({ run, total, rows }, running) {
   const lines = [`${run}: iteration ${rows[rows.length - 1]?.iteration ?? 0} of ${total}`];
   const rewards = finite(rows.map((row) => row.reward));
   if (rewards.length) lines.push(`training reward ${change(rewards)}`);
@@ -43,8 +53,10 @@ export function summary({ run, total, rows }) {
   }
   const alarms = rows.flatMap((row) => row.alarms ?? []);
   if (alarms.length) lines.push(`WARNING: ${alarms[alarms.length - 1]}`);
-  const left = remaining({ run, total, rows });
-  if (left) lines.push(left);
+  const warned = rows.filter((row) => row.warnings?.length).pop();
+  if (warned) lines.push(`iteration ${warned.iteration}: ${warned.warnings?.join("; ")}`);
+  const end = (running ? remaining : resuming)({ run, total, rows });
+  if (end) lines.push(end);
   return lines.join("\n");
 }
 
@@ -73,11 +85,16 @@ export function append(status, { run, total, row }) {
 }
 
 /**
- * A message as paragraphs: what stands between ":  " and "; " is a command, and gets a line to be copied from.
- * @param {string} message
+ * The lines of a message: what stands between ":  " and "; " is a command, and gets a line of its own.
+ * @param {string} message @returns {{text: string, command: boolean}[]}
  */
 export function paragraphs(message) {
-  return message.replace(/:  (.*?)(?:; |$)/g, ":\n$1\n").trim();
+  const parts = message.split(/:  (.*?)(?:; |$)/); // text, command, text, ...
+  const lines = parts.map((text, i) => {
+    const command = i % 2 === 1;
+    return { text: command || i === parts.length - 1 ? text : `${text}:`, command };
+  });
+  return lines.filter(({ text }) => text);
 }
 
 /**

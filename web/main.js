@@ -20,6 +20,7 @@ const WITH_TEXT = [
   "DenseGRPOSaveLoRA",
 ];
 const NOT_STARTED = "no progress to show yet";
+const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
 const LINE_HEIGHT = 15;
 const LETTER_WIDTH = 6.7; // of the widest usual monospace font at 11px
 const MOST_LINES = 12; // then it scrolls
@@ -32,6 +33,8 @@ const elements = new WeakMap();
 const heights = new WeakMap();
 /** @type {WeakMap<object, Status>} */
 const statuses = new WeakMap();
+/** The nodes whose run goes on now. @type {Set<object>} */
+const running = new Set();
 
 /** A read-only text below the widgets of a node; made when there is something to say. @param {any} node */
 function textOf(node) {
@@ -54,10 +57,13 @@ function textOf(node) {
   return element;
 }
 
-/** Write on a node, which grows when it has to, and shrinks again. @param {any} node @param {string} text */
-function show(node, text) {
+/**
+ * Write on a node, which grows when it has to, and shrinks again.
+ * @param {any} node @param {...(string | Node)} content
+ */
+function show(node, ...content) {
   const mine = heights.get(node) === node.size[1]; // nobody else has made it so high
-  textOf(node).textContent = text;
+  textOf(node).replaceChildren(...content);
   const [width, height] = node.computeSize();
   node.setSize([Math.max(width, node.size[0]), mine ? height : Math.max(height, node.size[1])]);
   if (Math.abs(height - node.size[1]) < 1) heights.set(node, node.size[1]);
@@ -67,7 +73,15 @@ function show(node, text) {
 /** Keep and show what is known of a run. @param {any} node @param {Status} status */
 function showStatus(node, status) {
   statuses.set(node, status);
-  show(node, summary(status));
+  show(node, summary(status, running.has(node)));
+}
+
+/** Whether the host is busy with a run of that name. @param {string} name */
+async function isRunning(name) {
+  const answer = await api.fetchApi("/queue");
+  const { queue_running } = await answer.json();
+  const nodes = queue_running.flatMap((/** @type {any} */ item) => Object.values(item[2]));
+  return nodes.some((/** @type {any} */ n) => n.class_type === TRAIN_LOOP && n.inputs.run_name === name);
 }
 
 /** Ask the host for a run. @param {any} node @param {string} run */
@@ -81,8 +95,28 @@ async function rebuild(node) {
   const value = (/** @type {string} */ name) => node.widgets.find((/** @type {any} */ w) => w.name === name).value;
   const answer = await api.fetchApi("/densegrpo/status");
   const run = newest((await answer.json()).runs, value("run_name"), value("resume"));
-  if (run) await refresh(node, run);
-  else show(node, NOT_STARTED);
+  if (!run) return show(node, NOT_STARTED);
+  if (await isRunning(value("run_name"))) running.add(node);
+  await refresh(node, run);
+}
+
+/** A command that is copied by a click, or selected where the page may not copy. @param {string} text */
+function commandOf(text) {
+  const element = document.createElement("span");
+  element.textContent = text;
+  element.title = "Click to copy";
+  element.className = "densegrpo-command";
+  element.style.cssText = "cursor: copy; text-decoration: underline dotted; text-underline-offset: 3px";
+  element.addEventListener("click", async () => {
+    getSelection()?.selectAllChildren(element);
+    try {
+      await navigator.clipboard.writeText(text);
+      element.title = "Copied";
+    } catch {
+      element.title = "Press Ctrl+C to copy"; // not over plain http from another machine
+    }
+  });
+  return element;
 }
 
 /** Say on a Reward Model what its reward lacks; a node that never lacked anything stays small. @param {any} node */
@@ -93,7 +127,10 @@ async function showMissing(node) {
   if (!answer.ok) return;
   const { missing } = await answer.json();
   if (widget.value !== name) return; // another one was chosen meanwhile
-  if (missing || elements.has(node)) show(node, missing ? `not installed: ${paragraphs(missing)}` : "ready");
+  if (!missing && !elements.has(node)) return;
+  if (!missing) return show(node, "ready");
+  const lines = paragraphs(`not installed: ${missing}`);
+  show(node, ...lines.flatMap(({ text, command }, i) => [i ? "\n" : "", command ? commandOf(text) : text]));
 }
 
 /** Do that now and whenever another reward is chosen. @param {any} node */
@@ -125,10 +162,21 @@ app.registerExtension({
     api.addEventListener("densegrpo.progress", (/** @type {CustomEvent} */ { detail }) => {
       const node = nodeOf(detail.node);
       if (node?.comfyClass !== TRAIN_LOOP) return; // another workflow is open
+      running.add(node);
       const status = append(statuses.get(node), detail);
       if (status) showStatus(node, status);
       else refresh(node, detail.run);
     });
+    for (const end of ENDS) {
+      api.addEventListener(end, () => {
+        const ended = [...running];
+        running.clear();
+        for (const node of ended) {
+          const status = statuses.get(node);
+          if (status) showStatus(node, status);
+        }
+      });
+    }
   },
 
   nodeCreated(/** @type {any} */ node) {

@@ -68,6 +68,7 @@ class Frame {
       keys: this.element,
       changed: (state) => {
         this.title.textContent = state?.mine ? `Vote (${state.mine})` : "Vote";
+        this.element.classList.toggle("votes-asks", Boolean(state?.mine));
         if (state?.state === "idle") over();
       },
     });

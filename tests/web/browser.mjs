@@ -45,7 +45,10 @@ async function fit(page) {
   await page.waitForTimeout(SECOND);
 }
 
-/** What a Reward Model says of a reward that lacks something, and after key R once it is there; with its height. */
+/**
+ * What a Reward Model says of a reward that lacks something, what a click on its command copies, and what it says after
+ * key R once it is there; with its height.
+ */
 async function rewardModel(page) {
   let missing = "no folder; needed are files. Get them with:  get them from somewhere; package x is not installed";
   await page.route("**/densegrpo/reward?name=clipscore", (route) => route.fulfill({ json: { missing } }));
@@ -64,10 +67,13 @@ async function rewardModel(page) {
   });
   await page.locator(".densegrpo-text").waitFor({ state: "attached", timeout: 10 * SECOND });
   const lacking = await state();
+  await page.context().grantPermissions(["clipboard-read", "clipboard-write"]);
+  await page.locator(".densegrpo-command").first().click();
+  const copied = await page.evaluate(() => navigator.clipboard.readText());
   missing = "";
   await page.keyboard.press("r");
   await page.locator(".densegrpo-text", { hasText: "ready" }).waitFor({ state: "attached", timeout: 10 * SECOND });
-  return { before, lacking, ready: await state() };
+  return { before, lacking, copied, ready: await state() };
 }
 
 const browser = await launch(executablePath, modules);

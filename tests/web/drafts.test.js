@@ -57,9 +57,9 @@ test("a page without a group says why", () => {
 });
 
 test("place and time are said in words", () => {
-  const group = { iteration: 12, number: 2, total: 4, left: 61.4, needed: 2, answers: 1 };
-  assert.equal(position({ state: "voting", run: "r" }, group), "r · iteration 12 · group 2 of 4");
-  assert.equal(position({ state: "voting" }, { ...group, iteration: null }), "group 2 of 4");
+  const group = { iteration: 12, number: 2, total: 4, left: 61.4, needed: 2, answers: 1, images: ["a", "b"] };
+  assert.equal(position({ state: "voting", run: "r" }, group), "r · iteration 12 · group 2 of 4 · 2 images");
+  assert.equal(position({ state: "voting" }, { ...group, iteration: null }), "group 2 of 4 · 2 images");
   assert.equal(fate(group), "1 of 2 people answered · closed in 1:01 if nobody is here");
   assert.equal(fate({ ...group, needed: 1, answers: 0 }), "skipped in 1:01 if nobody is here");
   assert.equal(clock(3661), "1:01:01");

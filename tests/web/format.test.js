@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { append, change, countLines, duration, newest, paragraphs, remaining, summary } from "../../web/format.js";
+import { append, change, countLines, duration, newest, paragraphs, remaining, resuming, summary } from "../../web/format.js";
 
 const before = { iteration: 0, evaluation: { jpeg: -2, "held-out/shapes strict": 0.5 } };
 const first = { iteration: 1, reward: 0.4, seconds: 3 };
@@ -32,7 +32,7 @@ test("nothing remains at the end, and nothing is known before the first iteratio
 });
 
 test("a summary holds training, held-out and time", () => {
-  const text = summary({ run: "my_run", total: 4, rows: [before, first, second] });
+  const text = summary({ run: "my_run", total: 4, rows: [before, first, second] }, true);
   assert.deepEqual(text.split("\n"), [
     "my_run: iteration 2 of 4",
     "training reward 0.400 -> 0.600",
@@ -43,8 +43,17 @@ test("a summary holds training, held-out and time", () => {
 });
 
 test("a run without any row or any number has a summary too", () => {
-  assert.equal(summary({ run: "r", total: 4, rows: [] }), "r: iteration 0 of 4");
-  assert.equal(summary({ run: "r", total: 4, rows: [{ iteration: 0 }] }), "r: iteration 0 of 4");
+  assert.equal(summary({ run: "r", total: 4, rows: [] }, false), "r: iteration 0 of 4");
+  assert.equal(summary({ run: "r", total: 4, rows: [{ iteration: 0 }] }, true), "r: iteration 0 of 4");
+});
+
+test("a run that ended early says how to go on instead of a time", () => {
+  const status = { run: "demo_2", total: 4, rows: [before, first, second] };
+  assert.equal(summary(status, false).split("\n").pop(), "not running; to go on: run_name demo_2, resume on");
+  const gamed = { ...status, rows: [before, { ...first, alarms: ["it is being gamed"] }] };
+  assert.match(resuming(gamed), /resume on, when_gamed warn$/);
+  assert.equal(resuming({ ...status, total: 2 }), "", "it is finished");
+  assert.equal(resuming({ ...status, rows: [] }), "");
 });
 
 test("a node shows the run it would continue, or the last one of its name", () => {
@@ -69,11 +78,13 @@ test("a row is added only right after its predecessor in the same run", () => {
 });
 
 test("a command stands on a line of its own", () => {
-  assert.equal(
-    paragraphs("no folder; needed are a. Get them with:  hf get a --to c; package x is missing; get it with:  pip x"),
-    "no folder; needed are a. Get them with:\nhf get a --to c\npackage x is missing; get it with:\npip x",
+  const lines = (message) => paragraphs(message).map(({ text, command }) => (command ? `$ ${text}` : text));
+  assert.deepEqual(
+    lines("no folder; needed are a. Get them with:  hf get a --to c; package x is missing; get it with:  pip x"),
+    ["no folder; needed are a. Get them with:", "$ hf get a --to c", "package x is missing; get it with:", "$ pip x"],
   );
-  assert.equal(paragraphs("nothing: to copy; here"), "nothing: to copy; here");
+  assert.deepEqual(lines("nothing: to copy; here"), ["nothing: to copy; here"]);
+  assert.deepEqual(lines("get it with:  pip x; restart"), ["get it with:", "$ pip x", "restart"]);
 });
 
 test("lines are counted as they are broken", () => {

@@ -98,6 +98,9 @@ try {
   await page.reload();
   await ready(page);
   await asks(page, 2);
+  const loop = page.locator(".densegrpo-text", { hasText: "iteration 1 of 3" });
+  await loop.waitFor({ state: "attached", timeout: 10 * SECOND });
+  seen.waiting = await loop.textContent();
   await picture(page, "reloaded");
   const [second] = await Promise.all([context.waitForEvent("page"), page.getByText("own tab").click()]);
   await asks(second, 2);
@@ -120,6 +123,8 @@ try {
   await picture(page, "question");
   await page.locator(".votes-yes").click();
   seen.stopped = await over(page);
+  await page.locator(".densegrpo-text", { hasText: "not running" }).waitFor({ timeout: 10 * SECOND });
+  seen.goOn = await page.locator(".densegrpo-text").allTextContents();
   await picture(page, "stopped");
   await pressRun(page);
   await asks(page, 2);

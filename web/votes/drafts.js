@@ -68,8 +68,8 @@ export function arrange(count, ratio, box, { below, gap, smallest }) {
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 /**
- * What a key means: mark the n-th image, go to another, submit, skip, clear; null for all other keys. Digits go by their place on
- * the keyboard, since with shift they are other letters.
+ * What a key means: mark the n-th image, go to another, submit, skip, clear; null for all other keys. Digits go by
+ * their place on the keyboard, since with shift they are other letters.
  * @param {{code: string, key: string, shiftKey: boolean, ctrlKey: boolean, altKey: boolean, metaKey: boolean,
  *   repeat: boolean}} event
  * @returns {{act: "mark", index: number, mark: "like" | "dislike"} | {act: "move", right: number, down: number}
@@ -87,9 +87,13 @@ export function meaning(event) {
   return event.key.toLowerCase() === "s" ? { act: "skip" } : null;
 }
 
-/** The line over the prompt. @param {State} state @param {Group} group */
-export function position({ run }, { iteration, number, total }) {
-  const parts = [run, iteration === null ? "" : `iteration ${iteration}`, `group ${number} of ${total}`];
+/**
+ * The line over the prompt; it counts the images, since some may be out of sight.
+ * @param {State} state @param {Group} group
+ */
+export function position({ run }, { iteration, number, total, images }) {
+  const count = `${images.length} images`;
+  const parts = [run, iteration === null ? "" : `iteration ${iteration}`, `group ${number} of ${total}`, count];
   return parts.filter(Boolean).join(" · ");
 }
 

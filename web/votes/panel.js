@@ -19,7 +19,8 @@ const PERIOD = 1000; // milliseconds between two looks
 const MOST_MISSES = 5; // looks without an answer until the group, and what is marked in it, is given up
 const SPACES = { like: 38, rank: 0 }; // pixels under a picture
 const GAP = 12;
-const SMALLEST = 120;
+const SMALLEST = 104; // then 16 square ones are all in sight at 1600 x 900
+const LONG = 120; // letters of a prompt, from which on it is written smaller
 const HINTS = {
   like: "Click or 1-9: like · right click or shift: dislike · Enter: submit · S: skip · Esc: clear",
   rank: "Click or 1-9 from best to worst; the rest is tied · Enter: submit · S: skip · Esc: clear",
@@ -266,6 +267,7 @@ export class VotePanel {
     this.fate.textContent = group ? fate(group) : "";
     this.fate.classList.toggle("votes-soon", Boolean(group && group.left < Math.min(60, group.seconds / 4)));
     this.prompt.textContent = group?.prompt ?? "";
+    this.prompt.classList.toggle("votes-long", (group?.prompt.length ?? 0) > LONG);
     this.hint.textContent = group ? HINTS[group.mode] : "";
     this.submit.disabled = !group || this.busy || isEmpty(draft);
     this.skip.disabled = !group || this.busy;
