@@ -351,8 +351,8 @@ def test_whoever_waits_for_a_check_can_stop_it(slow, asked, monkeypatch):
     with Stub(respond) as stub:
         start = time.monotonic()
         with pytest.raises(CancelledError):
-            asked(judge(stub, timeout=5.0))
-        assert time.monotonic() - start < 2
+            asked(judge(stub, timeout=30.0))
+        assert time.monotonic() - start < 10
 
 
 def test_a_check_waits_a_few_seconds_only(monkeypatch):

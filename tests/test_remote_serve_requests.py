@@ -148,13 +148,13 @@ def test_what_is_decoded_is_what_was_sent():
 
 
 def test_the_end_does_not_wait_for_a_client(monkeypatch):
-    monkeypatch.setattr(serve_module.Handler, "timeout", 5)
+    monkeypatch.setattr(serve_module.Handler, "timeout", 30)
     with ExitStack() as stack:
         with serving() as url:
             stack.enter_context(raw_connection(url, "POST /compute HTTP/1.1\r\nContent-Length: 5\r\n"))
             assert post(url, {"prompt": ["a"], "image": [png()]})[0] == 200
             start = time.monotonic()
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 15
 
 
 def test_a_client_that_has_gone_and_requests_are_not_written_to_the_terminal(capsys):

@@ -103,11 +103,11 @@ def test_a_skipped_group_has_no_score_and_is_no_error(host, tmp_path):
 def test_nobody_in_time_is_skipped_too(host, tmp_path):
     start = time.monotonic()
     with (reward := HumanVote(timeout=1)).session(tmp_path):
-        result = reward(batch(3))
-    assert result.skipped == set(range(9))
+        result = reward(batch(10))
+    assert result.skipped == set(range(30))
     assert result.scores.isnan().all()
     assert result.errors == {}
-    assert 0.9 < time.monotonic() - start < 3, "one clock for all groups"
+    assert 0.9 < time.monotonic() - start < 6, "one clock for all groups"
     assert read_votes(tmp_path / "votes") == []
 
 

@@ -37,7 +37,7 @@ def test_it_waits_until_something_happens():
 def test_it_gives_up_in_time():
     start = time.monotonic()
     assert not wait_until(lambda: False, 0.3)
-    assert 0.3 <= time.monotonic() - start < 2
+    assert 0.3 <= time.monotonic() - start < 5
 
 
 def test_a_wish_to_stop_is_heard_while_waiting(cancel):
