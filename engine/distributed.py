@@ -84,7 +84,8 @@ class Accelerated:
 
 def gather_texts(world: World, texts: Iterable[str]) -> list[str]:
     """The texts of all processes in rank order, each one once; empty ones are left out."""
-    letters = "".join(f"{text}\0" for text in ("", *texts)).encode()  # a text may have several lines
+    # A text may have several lines, and names of files that are no Unicode.
+    letters = "".join(f"{text}\0" for text in ("", *texts)).encode(errors="backslashreplace")
     gathered = world.gather(torch.tensor(list(letters), dtype=torch.uint8))
     return [text for text in dict.fromkeys(bytes(gathered.tolist()).decode().split("\0")) if text]
 

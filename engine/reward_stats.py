@@ -116,8 +116,11 @@ class Idleness:
     def add(self, stats: Stats) -> list[str]:
         """One more iteration: what to say of it, a sentence each; nothing is said twice in a row."""
         scored = {label: found for label, found in stats["rewards"].items() if found["mean"] == found["mean"]}
-        for label, found in scored.items():
-            self.rewards[label] = self.rewards.get(label, 0) + 1 if found["flat_groups"] == 1 else 0
+        flat = {label for label, found in scored.items() if found["flat_groups"] == 1}
+        if len(flat) == len(scored) and stats["zero_advantages"] < 1:
+            flat = set()  # the ends are alike, but not the steps there
+        for label in scored:
+            self.rewards[label] = self.rewards.get(label, 0) + 1 if label in flat else 0
         unexplained = stats["zero_advantages"] == 1 and not all(self.rewards[label] for label in scored)
         self.all = self.all + 1 if unexplained else 0
         found = [

@@ -76,6 +76,7 @@ class Worker:
         """Drop the jobs that have not begun."""
         for future in self.waiting:
             future.cancel()
+        self.waiting.clear()
         self.jobs.put(None)
 
     def work(self) -> None:
@@ -88,3 +89,4 @@ class Worker:
                 future.set_result(job())
             except BaseException as problem:  # it is raised where the result is asked for
                 future.set_exception(problem)
+            del item, future, job  # the traceback has this frame: exception and job would keep each other

@@ -206,6 +206,11 @@ def test_processes_never_gather_nothing():
     assert gather_texts(Wanting(), ["b", "a\nb", "b"]) == ["b", "a\nb"]
 
 
+def test_a_text_that_is_no_unicode_is_gathered_all_the_same():
+    """As the name of a file in an error; it would have ended the run."""
+    assert gather_texts(Solo(), ["no file caf\udce9", "grün"]) == ["no file caf\\udce9", "grün"]
+
+
 @pytest.mark.slow
 def test_a_run_started_on_two_processes_resumes_on_one(tmp_path):
     path = tmp_path / "shared.json"

@@ -269,8 +269,12 @@ def test_runs_of_earlier_versions_do_not_tell_who_passed_over():
     assert drawn == [([1, 2], [0.5, 0.25], "could not be scored"), ([2], [0.75], "people passed over")]
 
 
-def row_of(zero=0.0, **flat):
-    """The statistics of an iteration; reward -> share of flat groups, None when nothing was scored."""
+def row_of(zero=None, **flat):
+    """The statistics of an iteration; reward -> share of flat groups, None when nothing was scored.
+
+    ``zero``: share of advantages that are 0; all of them when all rewards are flat, unless it is given.
+    """
+    zero = float(all(found in (None, 1.0) for found in flat.values())) if zero is None else zero
     rewards = {
         name: {"mean": float("nan") if found is None else 0.5, "flat_groups": found or 0.0}
         for name, found in flat.items()
@@ -289,6 +293,12 @@ def test_one_group_that_differs_makes_a_reward_alive_again():
     idleness = Idleness()
     pattern = [1.0] * (PATIENCE - 1) + [0.5] + [1.0] * PATIENCE
     assert [bool(idleness.add(row_of(a=share))) for share in pattern] == [False] * (len(pattern) - 1) + [True]
+
+
+def test_steps_to_equal_ends_can_teach():
+    """A step-wise method learns from how soon images became good, though all of them are good in the end."""
+    idleness = Idleness()
+    assert not any(idleness.add(row_of(a=1.0, zero=0.4)) for _ in range(2 * PATIENCE))
 
 
 def test_iterations_without_any_score_do_not_count():

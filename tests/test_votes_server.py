@@ -205,3 +205,20 @@ def test_the_port_is_free_again_afterwards(room):
         port = int(address.rstrip("/").rpartition(":")[2])
     with serve(room, port) as again:
         assert again == address
+
+
+def test_at_no_moment_are_images_gone_that_were_just_voted_on(tmp_path):
+    """A page may ask between any two lines."""
+    found = []
+
+    class Watched(Room):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name in ("files", "late") and getattr(self, "asking", False):
+                found.append(self.image(NAME))
+
+    room = Watched(tmp_path)
+    room.files[NAME] = FILE
+    room.asking = True
+    room.ask(iter(()))
+    assert found == [FILE, FILE]

@@ -1,12 +1,15 @@
 """Waiting for others without becoming deaf."""
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 from densegrpo.engine import waiting
+from densegrpo.engine.rewards.remote.patience import Absences, PassingError
 from densegrpo.engine.waiting import Interrupted, Worker, check_interrupts, result_of, wait_until
 
 
@@ -99,6 +102,43 @@ def test_a_closed_worker_drops_what_has_not_begun():
     assert wait_until(second.cancelled, 5)
     time.sleep(0.1)
     assert not done
+
+
+def test_a_job_that_failed_is_forgotten_with_its_failure():
+    """It may hold many images; the garbage collector may be a long time coming."""
+
+    class Job:
+        def __call__(self):
+            raise ValueError("no")
+
+    def ask(job):
+        worker = Worker()
+        try:
+            worker.submit(job).result(10)
+        finally:
+            worker.close()
+
+    def asked():
+        job = Job()
+        with pytest.raises(ValueError, match="no"):
+            ask(job)
+        return weakref.ref(job)
+
+    gc.disable()
+    try:
+        left = asked()
+        assert wait_until(lambda: left() is None, 5)
+    finally:
+        gc.enable()
+
+
+def test_an_absence_that_ended_meanwhile_is_not_told(caplog):
+    absences = Absences()
+    absences.start("http://127.0.0.1:1", 0.0)
+    absences.over("http://127.0.0.1:1")  # another request was answered
+    absences.tell("http://127.0.0.1:1", PassingError("HTTP 503"), 100)
+    absences.over("http://127.0.0.1:1")
+    assert not caplog.text
 
 
 def test_the_process_ends_while_a_job_is_still_at_work():

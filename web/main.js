@@ -84,6 +84,16 @@ async function isRunning(name) {
   return nodes.some((/** @type {any} */ n) => n.class_type === TRAIN_LOOP && n.inputs.run_name === name);
 }
 
+/** No run goes on any more: say so on their nodes. */
+function showEnded() {
+  const ended = [...running];
+  running.clear();
+  for (const node of ended) {
+    const status = statuses.get(node);
+    if (status) showStatus(node, status);
+  }
+}
+
 /** Ask the host for a run. @param {any} node @param {string} run */
 async function refresh(node, run) {
   const answer = await api.fetchApi(`/densegrpo/status?run=${encodeURIComponent(run)}`);
@@ -167,16 +177,11 @@ app.registerExtension({
       if (status) showStatus(node, status);
       else refresh(node, detail.run);
     });
-    for (const end of ENDS) {
-      api.addEventListener(end, () => {
-        const ended = [...running];
-        running.clear();
-        for (const node of ended) {
-          const status = statuses.get(node);
-          if (status) showStatus(node, status);
-        }
-      });
-    }
+    for (const end of ENDS) api.addEventListener(end, showEnded);
+    // The host tells an end only to the page that queued the run; all hear when nothing is left to do.
+    api.addEventListener("status", (/** @type {CustomEvent} */ { detail }) => {
+      if (detail?.exec_info?.queue_remaining === 0) showEnded();
+    });
   },
 
   nodeCreated(/** @type {any} */ node) {

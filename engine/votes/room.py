@@ -67,7 +67,7 @@ class Room:
             wait_until(self.board.settled, math.inf)
         finally:
             answers = self.board.take_down()
-            self.files, self.late = {}, self.files
+            self.late, self.files = self.files, {}  # in this order: pages look meanwhile
         return {group: [b for b in ballots.values() if b is not None] for group, ballots in answers.items()}
 
     def image(self, name: str) -> bytes | None:

@@ -15,6 +15,8 @@ const SMALL = {
   DenseGRPOTrainingPrompts: { limit: 2 },
 };
 
+const ATTACHED = { state: "attached", timeout: 10 * SECOND };
+
 const picture = (page, name) => page.screenshot({ path: path.join(pictures, `votes_${name}.png`) });
 
 /** Set widgets of all nodes of some types. */
@@ -77,6 +79,15 @@ async function over(page) {
   return found[0].status.messages.at(-1)[0];
 }
 
+/** The same graph in another browser, which did not start the run, but sees it go on. */
+async function elsewhere(page) {
+  const other = await (await browser.newContext()).newPage();
+  await visit(other, host, errors);
+  await other.evaluate((graph) => app.loadGraphData(graph), await page.evaluate(() => app.graph.serialize()));
+  await other.locator(".densegrpo-text", { hasText: / left$/ }).waitFor(ATTACHED);
+  return other;
+}
+
 const browser = await launch(executablePath, modules);
 try {
   const context = await browser.newContext({ viewport: { width: 1600, height: 900 } });
@@ -119,12 +130,15 @@ try {
   await asks(page, 1);
   await voteByMouse(page);
   await asks(page, 2);
+  const other = await elsewhere(page);
   await page.locator(".votes-stop").click();
   await picture(page, "question");
   await page.locator(".votes-yes").click();
   seen.stopped = await over(page);
   await page.locator(".densegrpo-text", { hasText: "not running" }).waitFor({ timeout: 10 * SECOND });
   seen.goOn = await page.locator(".densegrpo-text").allTextContents();
+  await other.locator(".densegrpo-text", { hasText: "not running" }).waitFor(ATTACHED);
+  await other.close();
   await picture(page, "stopped");
   await pressRun(page);
   await asks(page, 2);

@@ -73,7 +73,7 @@ class Absences:
     def tell(self, url: str, problem: PassingError, seconds: float) -> None:
         """Log how long it is waited for, once for each absence."""
         with self.lock:
-            if url in self.told:
+            if url in self.told or url not in self.since:  # another request was answered just now
                 return
             self.told.add(url)
         until = f"{datetime.now().astimezone() + timedelta(seconds=seconds):%H:%M:%S}"
