@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def pip_install(*arguments: str) -> str:
-    """The command that gets them into the Python that runs, which on the path may be another; for any shell."""
+    """The command that gets them into the Python that runs, which on the path may be another."""
     return " ".join([quoted(Path(sys.executable)), "-m pip install", *map(quoted, arguments)])
 
 

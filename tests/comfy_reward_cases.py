@@ -12,8 +12,9 @@ from comfy_placement_cases import plenty
 from densegrpo.engine.models import comfy_rewards
 from densegrpo.engine.protocols import RewardBatch
 from densegrpo.engine.rewards import make_reward, placement
-from densegrpo.engine.rewards.clip import load_clip
+from densegrpo.engine.rewards.clip import load_clip, read_tokenizer
 from densegrpo.engine.rewards.files import ROOT_SOURCES, roots
+from densegrpo.engine.rewards.hpsv2 import TOKENIZER_SOURCES
 from densegrpo.engine.waiting import INTERRUPTS, Interrupted, check_interrupts
 from pretended_accelerator import ACCELERATOR, accelerator
 from tiny_clip import write_clip
@@ -32,7 +33,7 @@ def register(folder):
 
 
 def unregister():
-    for hooks in (ROOT_SOURCES, placement.MANAGERS, INTERRUPTS):
+    for hooks in (ROOT_SOURCES, placement.MANAGERS, INTERRUPTS, TOKENIZER_SOURCES):
         hooks.pop()
     comfy_rewards.patcher_of.cache_clear()
     load_clip.cache_clear()
@@ -48,6 +49,8 @@ def case_reward_models():
             return used(reward) | {
                 "listed": folder_paths.get_filename_list(comfy_rewards.FOLDER),
                 "roots": [str(path) for path in roots()].index(str(folder)),
+                "hpsv2 needs": [need.repository for need in make_reward("hpsv2").needs()],
+                "ids": read_tokenizer(TOKENIZER_SOURCES[-1]())("a red circle").input_ids,
                 "last root": Path(folder_paths.get_folder_paths(comfy_rewards.FOLDER)[-1]).name,
             }
         finally:

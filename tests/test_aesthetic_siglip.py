@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_clip import save_weights, write_clip
 from tiny_reward_models import SIZE, some_images, write_siglip, write_siglip_head
+from torch.nn.functional import normalize
 from transformers import SiglipImageProcessor, SiglipVisionModel
 
 FOLDER = "siglip-so400m-patch14-384"
@@ -94,6 +95,21 @@ def test_half_precision_weights_still_give_float32_scores(root, written):
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)
     torch.testing.assert_close(half, exact, atol=0.05, rtol=0.1)
+
+
+def test_the_head_is_computed_in_float32(root, written, monkeypatch):
+    siglip = load_siglip(root / FOLDER, "bfloat16", "swap")
+    seen, original = [], type(siglip.model).forward
+
+    def listen(*given, **options):
+        seen.append(original(*given, **options).pooler_output)
+        return seen[-1]
+
+    monkeypatch.setattr(type(siglip.model), "forward", listen)
+    found = scores(some_images(3), precision="bfloat16")
+    assert seen[0].dtype == torch.bfloat16
+    _, head = written
+    torch.testing.assert_close(found, head(normalize(seen[0].float(), dim=1)).squeeze(1), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

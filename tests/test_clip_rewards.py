@@ -1,17 +1,19 @@
 """Numbers of PickScore, HPSv2.1, CLIPScore and LAION's aesthetic predictors, and how they keep and share models."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from densegrpo.engine.protocols import RewardBatch
 from densegrpo.engine.rewards import clip as clip_module
-from densegrpo.engine.rewards import make_reward
+from densegrpo.engine.rewards import hpsv2, make_reward
 from densegrpo.engine.rewards.aesthetic import load_head
 from densegrpo.engine.rewards.clip import crop, letterbox, load_clip
 from densegrpo.engine.rewards.files import resolve
 from densegrpo.engine.rewards.hpsv2 import hps_config, hps_files, load_hps, open_clip_text, to_transformers
 from PIL import Image
-from tiny_clip import LENGTH, MEAN, SIZE, STD, OpenClip, save_weights, write_all, write_clip
+from tiny_clip import LENGTH, MEAN, SIZE, STD, OpenClip, save_weights, write_all, write_clip, write_tokenizer
 from tiny_reward_models import some_images
 from torch.nn.functional import normalize, pad
 from transformers import CLIPImageProcessor, CLIPModel
@@ -138,6 +140,18 @@ def test_other_layouts_of_hpsv2_give_the_same_scores(root, written, tmp_path, mo
     torch.testing.assert_close(found, expected, atol=5e-3 if layout == "half" else 1e-6, rtol=0)
 
 
+def test_hpsv2_alone_takes_the_tokenizer_that_a_host_brings(root, tmp_path, monkeypatch):
+    models, brought = tmp_path / "models", tmp_path / "host"
+    shutil.copytree(root / "HPSv2.1", models / "HPSv2.1", ignore=shutil.ignore_patterns("*vocab*", "merges*", "tok*"))
+    write_tokenizer(brought)
+    expected = ask(make_reward("hpsv2"), some_images(2)).scores
+    monkeypatch.setenv("DENSEGRPO_REWARD_MODELS", str(models))
+    assert "tokenizer.json or vocab.json" in make_reward("hpsv2").validate(["a"], [{}])[0]
+    monkeypatch.setattr(hpsv2, "TOKENIZER_SOURCES", [lambda: tmp_path / "none", lambda: brought])
+    assert make_reward("hpsv2").validate(["a"], [{}]) == []
+    torch.testing.assert_close(ask(make_reward("hpsv2"), some_images(2)).scores, expected, atol=1e-6, rtol=0)
+
+
 def test_a_bare_hpsv2_checkpoint_is_a_vit_h_14(tmp_path):
     config = hps_config(tmp_path)
     with torch.device("meta"):
@@ -255,6 +269,40 @@ def test_half_precision_weights_still_give_float32_scores(name):
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)
     torch.testing.assert_close(half, exact, atol=0.25, rtol=0.1)
+
+
+def listened(monkeypatch, model, part):
+    """What ``part`` of a model answers, in order."""
+    answers, original = [], getattr(model, part)
+
+    def listen(**given):
+        answers.append(original(**given))
+        return answers[-1]
+
+    monkeypatch.setattr(model, part, listen)
+    return answers
+
+
+@every_reward
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_from_features_in_half_precision_on_all_is_computed_in_float32(written, monkeypatch, name, precision):
+    """In bfloat16 a score of 21 would be 20.75 or 21.25: more than images of a prompt differ."""
+    reward, images, prompts = make_reward(name, precision=precision), some_images(3), ["a dog", "a red cat", "photo"]
+    folder = resolve(reward.needs()[0].folder)
+    clip = load_hps(*hps_files(reward), precision, "swap") if name == "hpsv2" else load_clip(folder, precision, "swap")
+    clip.kept.clear()
+    of_images = listened(monkeypatch, clip.model, "get_image_features")
+    of_texts = listened(monkeypatch, clip.model, "get_text_features")
+    found = ask(reward, images, prompts).scores
+    parts = [part[0] if torch.is_tensor(part[0]) else part[0].pooler_output for part in (of_images, of_texts) if part]
+    assert {part.dtype for part in parts} == {getattr(torch, precision)}
+    units = [normalize(part.double(), dim=1) for part in parts]
+    if name == "aesthetic":
+        expected = written["aesthetic"].double()(units[0]).squeeze(1)
+        written["aesthetic"].float()
+    else:
+        expected = (units[0] * units[1]).sum(1) * (100 / 26 if name == "pickscore" else 1)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_half_precision_files_are_computed_in_float32(root, written, tmp_path):

@@ -258,6 +258,12 @@ def test_a_reward_model_is_found_and_scores_the_same_inside_and_outside_of_nodes
     assert len({round(score, 3) for score in found["alone"]}) == 3
 
 
+def test_the_hosts_tokenizer_serves_hpsv2(measured):
+    found = measured("reward_models")
+    assert found["hpsv2 needs"] == ["xswu/HPSv2"]
+    assert found["ids"] == [49406, 320, 736, 7117, 49407], "as OpenAI's CLIP splits it"
+
+
 def test_the_host_knows_of_a_reward_models_memory(measured):
     found = measured("reward_models")
     assert (found["loaded"], found["loaded twice"], found["name"]) == (1, 1, "CLIPModel")

@@ -120,6 +120,12 @@ def test_a_tenth_of_both_widths_is_taken_off_the_offset(x, holds):
     assert ("right of" in relations(thing("circle", x=x), thing("square"))) is holds
 
 
+@pytest.mark.parametrize(("x", "expected"), [(0.0009, set()), (0.0015, {"right of"})])
+def test_less_than_a_thousandth_is_no_offset_even_of_tiny_boxes(x, expected):
+    """A tenth of both widths is 0.0002 here; the published rule looks at the unit of boxes, pixels."""
+    assert relations(thing("circle", x=x, size=0.001), thing("square", size=0.001)) == expected
+
+
 coordinates = st.floats(-20, 20)
 things = st.builds(thing, st.just("circle"), st.just("red"), coordinates, coordinates, st.floats(0.5, 8))
 

@@ -1,17 +1,20 @@
 """GenEval: the detector's network and boxes, what counts as found, the colour of a cut-out, the score."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from densegrpo.engine.prompts import load_prompts
 from densegrpo.engine.protocols import RewardBatch
 from densegrpo.engine.rewards import geneval_colour
 from densegrpo.engine.rewards import geneval_reward as module
 from densegrpo.engine.rewards.clip import crop, load_clip
 from densegrpo.engine.rewards.files import ROOTS_VARIABLE
+from densegrpo.engine.rewards.geneval import RELATIONS
 from densegrpo.engine.rewards.geneval_colour import colours_of, middle, on_grey
 from densegrpo.engine.rewards.geneval_detector import Found
-from densegrpo.engine.rewards.geneval_reward import GenEval, problem_of, wanted
+from densegrpo.engine.rewards.geneval_reward import TAGS, GenEval, problem_of, wanted
 from densegrpo.engine.rewards.geneval_words import COLOURS
 from tiny_clip import write_clip
 from tiny_reward_models import some_images, write_mask2former
@@ -101,6 +104,45 @@ def test_detections_are_judged_by_the_rules_and_both_scores_are_in_the_details(p
     assert result.details["partial"].item() == pytest.approx(partial)
     assert torch.equal(result.scores, result.details["partial"])
     assert torch.equal(ask(images, [metadata], score="strict").scores, result.details["strict"])
+
+
+CAT, DOG, FAR_DOG = thing("cat", 0.95), thing("dog", 0.95), thing("dog", 0.95, box=(40, 0, 50, 10))
+TWO = meta("two_object", clause("cat"), clause("dog"))
+RED_CAT = meta("colors", clause("cat", color="red"))
+RED_AND_BLUE = meta("color_attr", clause("cat", color="red"), clause("dog", color="blue"))
+EVERY_TAG = [
+    ("single_object hit", A_CAT, [CAT], {}, 1, 1),
+    ("single_object miss", A_CAT, [DOG], {}, 0, 0),
+    ("two_object hit", TWO, [CAT, DOG], {}, 1, 1),
+    ("two_object partial", TWO, [DOG], {}, 0, 1 / 2),
+    ("two_object miss", TWO, [], {}, 0, 0),
+    ("counting hit", TWO_CATS, [CAT] * 2, {}, 1, 1),
+    ("counting partial", TWO_CATS, [CAT], {}, 0, 1 / 2),
+    ("counting miss", TWO_CATS, [CAT] * 4, {}, 0, 0),
+    ("colors hit", RED_CAT, [CAT], {"cat": "red"}, 1, 1),
+    ("colors partial", RED_CAT, [CAT], {"cat": "blue"}, 0, 1 / 2),
+    ("colors miss", RED_CAT, [DOG], {}, 0, 0),
+    ("position hit", LEFT, [CAT, FAR_DOG], {}, 1, 1),
+    ("position partial", LEFT, [CAT, DOG], {}, 0, 2 / 3),
+    ("position miss", LEFT, [], {}, 0, 0),
+    ("color_attr hit", RED_AND_BLUE, [CAT, DOG], {"cat": "red", "dog": "blue"}, 1, 1),
+    ("color_attr partial", RED_AND_BLUE, [CAT, DOG], {"cat": "red", "dog": "red"}, 0, 3 / 4),
+    ("color_attr miss", RED_AND_BLUE, [], {}, 0, 0),
+]
+"""What it is, metadata, detections, the colour CLIP sees of each class, strict, partial."""
+
+
+def test_every_tag_can_be_hit_missed_and_half_right(plant, monkeypatch):
+    colour_of = {}
+    monkeypatch.setattr(module, "colours_of", lambda clip, pieces, names, size: [colour_of[name] for name in names])
+    seen = {}
+    for title, metadata, found, colours, strict, partial in EVERY_TAG:
+        colour_of = colours
+        _, images = plant(found)
+        details = ask(images, [metadata]).details
+        seen[title] = (details["strict"].item(), round(details["partial"].item(), 4))
+        assert seen[title] == (strict, round(partial, 4)), title
+    assert {title.split()[0] for title in seen} == set(TAGS)
 
 
 def test_every_image_is_judged_by_its_own_prompt_whatever_the_batch_size(plant):
@@ -228,15 +270,11 @@ def test_the_example_in_the_message_is_good_metadata():
     assert problem_of(example) is None
 
 
-def test_lines_of_the_official_prompts_are_good_metadata(root, written):
-    lines = [
-        '{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}',
-        '{"tag": "two_object", "include": [{"class": "tv remote", "count": 1}, {"class": "cow", "count": 1}]}',
-        '{"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}]}',
-        '{"tag": "colors", "include": [{"class": "bicycle", "count": 1, "color": "green"}]}',
-        '{"tag": "position", "include": [{"class": "cow", "count": 1},'
-        ' {"class": "dog", "count": 1, "position": ["right of", 0]}]}',
-        '{"tag": "color_attr", "include": [{"class": "computer keyboard", "count": 1, "color": "pink"},'
-        ' {"class": "teddy bear", "count": 1, "color": "black"}]}',
-    ]
-    assert GenEval().validate(["a"] * len(lines), [json.loads(line) for line in lines]) == []
+def test_lines_of_the_official_file_are_good_as_they_are(root, written):
+    prompts = load_prompts("geneval.jsonl", Path(__file__).parent / "golden")
+    metadata = [prompt.metadata for prompt in prompts]
+    assert {data["tag"] for data in metadata} == set(TAGS)
+    assert {clause["position"][0] for data in metadata for clause in data["include"] if "position" in clause} == {
+        *RELATIONS
+    }
+    assert GenEval().validate([prompt.text for prompt in prompts], metadata) == []

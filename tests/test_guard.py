@@ -288,6 +288,20 @@ def test_a_run_whose_reward_is_gamed_alarms_and_stops(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_raises_both_rewards_is_left_in_peace(tmp_path):
+    """The run that is stopped above, watched by a reward that it raises as well: blots are colourful."""
+    run, session = trained(
+        tmp_path, held_out_rewards=[{"name": "colourfulness"}], training=GAMED["training"] | {"iterations": 10}
+    )
+    rows = [row["evaluation"] for row in run.metrics() if "evaluation" in row]
+    assert rows[-1]["shapes dense"] > rows[0]["shapes dense"] + 0.05
+    assert rows[-1]["held-out/colourfulness"] > rows[0]["held-out/colourfulness"] + 0.05
+    assert not session.gamed
+    assert session.learner.iteration == 10
+    assert not any("alarms" in row for row in run.metrics())
+
+
+@pytest.mark.slow
 def test_a_run_that_games_nothing_is_left_in_peace(tmp_path):
     """The same run on what the held-out reward measures too, at the demo's learning rate."""
     run, session = trained(

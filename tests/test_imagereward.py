@@ -94,6 +94,21 @@ def test_half_precision_weights_still_give_float32_scores(root, model):
     assert torch.corrcoef(torch.stack([half, exact]))[0, 1] > 0.9
 
 
+def test_the_last_layers_are_computed_in_float32(root, model, monkeypatch):
+    scorer = load_scorer(root / "ImageReward.pt", "bfloat16", "swap")
+    states, original = [], type(scorer.model).forward
+
+    def listen(*given):
+        states.append(original(*given))
+        return states[-1]
+
+    monkeypatch.setattr(type(scorer.model), "forward", listen)
+    found = scores(some_images(4), precision="bfloat16")
+    assert states[0].dtype == torch.bfloat16
+    expected = (model.mlp.layers(states[0].float()).squeeze(1) - 0.16717362830052426) / 1.0333394966054072
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

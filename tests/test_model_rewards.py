@@ -3,11 +3,13 @@
 import logging
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 from densegrpo.engine.knobs import options_of
 from densegrpo.engine.protocols import RewardBatch
+from densegrpo.engine.rewards import placement
 from densegrpo.engine.rewards.aesthetic import Aesthetic
 from densegrpo.engine.rewards.aesthetic_siglip import AestheticSiglip, load_siglip
 from densegrpo.engine.rewards.clip import Clip, load_clip
@@ -20,6 +22,7 @@ from densegrpo.engine.rewards.imagereward import ImageReward, load_scorer
 from densegrpo.engine.rewards.pickscore import PickScore
 from densegrpo.engine.rewards.placement import computing_device, placed
 from tiny_reward_models import DETECTOR_SIZE, some_images, write_every_model
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 KINDS = {
     "aesthetic": Aesthetic,
@@ -137,14 +140,40 @@ class Moved:
         self.places.append(str(device))
 
 
-@pytest.mark.parametrize(
-    ("placement", "places"), [("swap", ["cuda:1", "cpu"]), ("resident", ["cuda:1"]), ("cpu", ["cpu"])]
-)
-def test_weights_go_to_the_images_and_back(placement, places):
-    clip = Clip(Moved(), None, placement)
+@pytest.mark.parametrize(("kind", "places"), [("swap", ["cuda:1", "cpu"]), ("resident", ["cuda:1"]), ("cpu", ["cpu"])])
+def test_weights_go_to_the_images_and_back(kind, places):
+    clip = Clip(Moved(), None, kind)
     with pytest.raises(RuntimeError, match="out of memory"), placed(clip.model, torch.device("cuda:1"), clip.placement):
         raise RuntimeError("out of memory")
     assert clip.model.places == places
+
+
+@every_reward
+def test_a_model_computes_only_while_it_is_placed(name, monkeypatch):
+    """Outside of it its weights may be on another device than its images."""
+    inside, outside, entered = [], set(), []
+
+    @contextmanager
+    def manager(model, placement):
+        entered.append(placement)
+        inside.append(set(model.modules()))
+        yield torch.device("cpu")
+        inside.pop()
+
+    def look(module, inputs):
+        if next(module.parameters(), None) is not None and not any(module in modules for modules in inside):
+            outside.add(type(module).__name__)
+
+    monkeypatch.setattr(placement, "MANAGERS", [manager])
+    for loader in LOADERS:
+        loader.cache_clear()
+    hook = register_module_forward_pre_hook(look)
+    try:
+        ask(make(name, placement="resident"), some_images(2))
+    finally:
+        hook.remove()
+    assert entered == ["resident"] * (2 if name == "geneval" else 1)
+    assert outside == set()
 
 
 def test_images_on_the_cpu_are_scored_on_the_gpu_if_there_is_one(monkeypatch):

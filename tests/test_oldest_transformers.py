@@ -17,7 +17,7 @@ PACKAGES = Path.home() / ".cache" / "densegrpo-transformers-4.46"
 """Installed once and outside the repository."""
 FILES = (
     *("test_clip_rewards.py", "test_model_rewards.py", "test_imagereward.py", "test_aesthetic_siglip.py"),
-    *("test_geneval_detector.py", "test_geneval_reward.py", "test_reward_files.py"),
+    *("test_geneval_detector.py", "test_geneval_reward.py", "test_reward_files.py", "test_frozen_scores.py"),
 )
 
 

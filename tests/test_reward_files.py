@@ -8,7 +8,7 @@ import pytest
 import torch
 from densegrpo.engine.rewards import MODEL_REWARDS, files, make_reward
 from densegrpo.engine.rewards.clip import load_clip
-from densegrpo.engine.rewards.files import choose, locate, read_shapes, read_weights, resolve, roots
+from densegrpo.engine.rewards.files import choose, folders, locate, read_shapes, read_weights, resolve, roots
 from densegrpo.engine.rewards.pickscore import PICKSCORE
 from safetensors.torch import load_file
 from tiny_clip import save_weights, write_clip, write_heads, write_hps, write_tokenizer
@@ -105,6 +105,21 @@ def test_folders_with_spaces_are_quoted(tmp_path, monkeypatch):
     assert f'--local-dir "{tmp_path}/my models/PickScore_v1"' in problem_with("pickscore")
 
 
+def test_the_folders_that_are_offered_hold_a_model(root, tmp_path, monkeypatch):
+    for file in (
+        "PickScore_v1/config.json",
+        "HPSv2.1/HPS_v2.1_compressed.pt",
+        ".download-x/config.json",
+        "y/notes.txt",
+    ):
+        (root / file).parent.mkdir()
+        (root / file).touch()
+    (tmp_path / "other/PickScore_v1").mkdir(parents=True)
+    monkeypatch.setattr(files, "ROOT_SOURCES", [lambda: [tmp_path / "other", tmp_path / "nowhere"]])
+    (root / "empty").mkdir()
+    assert folders() == ["HPSv2.1", "PickScore_v1"]
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_missing_files_of_a_folder_are_named(root, file):
     write_clip(root / "PickScore_v1")
@@ -114,7 +129,7 @@ def test_missing_files_of_a_folder_are_named(root, file):
 
 
 def test_a_folder_of_ones_own_is_not_advertised_as_published(root):
-    (root / "mine").mkdir()
+    write_heads(root / "mine")
     write_clip(root / "fine-tuned")
     problem = problem_with("pickscore", model="other")
     assert "hf download" not in problem
@@ -269,6 +284,18 @@ def test_a_pickle_with_code_is_refused_and_not_executed(root, zipped, read):
     torch.save({"a": torch.zeros(1), "x": Evil(root / "pwned")}, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=r"evil\.pt holds more than tensors, or is damaged; it was not executed"):
         read(file)
+    assert not (root / "pwned").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_that_comes_with_a_model_is_not_executed(root, file):
+    write_clip(root / "PickScore_v1")
+    (root / "PickScore_v1/evil.py").write_text(f"import os\nos.mkdir({str(root / 'pwned')!r})\n")
+    path, kinds = root / "PickScore_v1" / file, ("AutoConfig", "AutoModel")
+    named = {**dict.fromkeys(kinds, "evil.Evil"), "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": named}))
+    assert make_reward("pickscore").validate(["a"], [{}]) == []
+    assert loads(root / "PickScore_v1")
     assert not (root / "pwned").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from densegrpo.engine.data import Prompt
 from densegrpo.engine.protocols import RewardBatch, RewardResult
-from densegrpo.engine.rewards import REWARDS, Panel, make_reward, reward_class
+from densegrpo.engine.rewards import REWARDS, VARIANTS, Panel, make_reward, members, reward_class
 from densegrpo.engine.rewards.brightness import Brightness, luma
 from densegrpo.engine.rewards.colourfulness import Colourfulness
 from densegrpo.engine.rewards.jpeg import Jpeg
@@ -95,6 +95,48 @@ def test_a_reward_changes_neither_its_images_nor_the_random_state(name):
     make_reward(name)(batch(images))
     assert torch.equal(images, kept)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@every_reward
+@pytest.mark.filterwarnings("ignore:var")
+def test_no_images_no_scores(name):
+    assert score(make_reward(name), torch.zeros(0, 3, 16, 16)).shape == (0,)
+
+
+@pytest.mark.parametrize("label", [label for label, entry in VARIANTS.items() if entry["name"] in REWARDS])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_image_with_pixels_that_are_no_numbers_has_no_score_and_the_others_theirs(label, bad):
+    """A model whose training went wrong makes such images: black ones would compress well."""
+    (member,), images = members([VARIANTS[label]]), some_images(3)
+    whole = ask(member, images=images)
+    images[1, 2, 5, 5] = bad
+    found = ask(member, images=images)
+    for now, before in zip(found.by_reward.values(), whole.by_reward.values(), strict=True):
+        assert torch.equal(now[[0, 2]], before[[0, 2]])
+        assert now[1].isnan()
+    assert found.reasons == {label: ["the image has pixels that are not numbers"]}
+
+
+def test_an_image_with_pixels_that_are_no_numbers_has_no_sub_scores_either():
+    images = some_images(3)
+    images[1] = torch.nan
+    found = ask(("x", Fake([1.0, 2.0, 3.0], details={"part": torch.ones(3)}), 1.0), images=images)
+    assert {label: values.isnan().tolist() for label, values in found.by_reward.items()} == {
+        "x": [False, True, False],
+        "x/part": [False, True, False],
+    }
+
+
+@every_reward
+@pytest.mark.parametrize(
+    "images",
+    [torch.zeros(3, 1, 8, 8), torch.zeros(3, 4, 8, 8), torch.zeros(3, 8, 8), torch.zeros(3, 3, 8, 8).byte()],
+    ids=["grey", "transparent", "one", "whole numbers"],
+)
+def test_images_that_are_not_rgb_in_0_to_1_have_no_score(name, images):
+    found = ask((name, make_reward(name), 1.0), images=images)
+    assert found.scores.isnan().all()
+    assert all("images must be float [B, 3, H, W] in 0..1 (RGB), got" in reason for reason in found.reasons[name])
 
 
 @every_reward

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as host  # pyright: ignore[reportMissingImports]
@@ -12,6 +13,7 @@ from comfy.model_patcher import ModelPatcher  # pyright: ignore[reportMissingImp
 from torch import nn
 
 from ..rewards.files import ROOT_SOURCES, SUFFIXES
+from ..rewards.hpsv2 import TOKENIZER_SOURCES
 from ..rewards.kept import Kept
 from ..rewards.placement import MANAGERS
 from ..waiting import INTERRUPTS
@@ -28,6 +30,7 @@ def register() -> None:
     # A new key has no suffixes, which would mean all files.
     folder_paths.folder_names_and_paths[FOLDER][1].update(SUFFIXES)
     ROOT_SOURCES.append(lambda: folder_paths.get_folder_paths(FOLDER))
+    TOKENIZER_SOURCES.append(lambda: Path(str(host.__file__)).with_name("sd1_tokenizer"))
     MANAGERS.append(managed)
     INTERRUPTS.append(host.throw_exception_if_processing_interrupted)
 

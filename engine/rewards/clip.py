@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate, normalize, pad
 from ..knobs import Choice, Knob, Text
 from ..protocols import RewardBatch, RewardResult
 from .files import check_tensors, read_shapes, read_weights, require_transformers, some
+from .images import broken, check_rgb
 from .kept import Kept
 from .placement import placed
 
@@ -71,11 +72,7 @@ def letterbox(images: Tensor, size: int) -> Tensor:
 
 def eight_bit(images: Tensor) -> Tensor:
     """0..1 -> whole numbers in 0..255 as float32, what a PNG file of the image holds."""
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(
-            f"images must be float [B, 3, H, W] in 0..1 (RGB), got {images.dtype} {list(images.shape)}; "
-            "convert grey or transparent images to RGB"
-        )
+    check_rgb(images)
     return (images.float().clamp(0, 1) * 255).round()
 
 
@@ -117,13 +114,10 @@ class Clip:
     placement: str
     clean: Callable[[str], str] = str
     """What is done to a prompt before the tokenizer, which itself makes it lower case."""
+    scale: float = 100.0
+    """exp(logit_scale), about 100, as the file has it: rounded to bfloat16 it is 1 % less."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """Prompt -> [D] unit float32 on the CPU."""
-
-    @property
-    def scale(self) -> float:
-        """exp(logit_scale), about 100."""
-        return self.model.logit_scale.float().exp().item()
 
     def cosine(self, images: Tensor, prompts: Sequence[str], prepare: Prepare) -> Tensor:
         """Cosine [B] of each image [B, 3, H, W] and its own prompt, float32 on the CPU."""
@@ -174,12 +168,6 @@ def score_batch(
                 prompts = [batch.prompts[int(i)] for i in rows]
                 scores[rows] = score(batch.images[rows.to(batch.images.device)], prompts)
     return RewardResult(scores, {}, errors)
-
-
-def broken(images: Tensor) -> dict[int, str]:
-    """Index of each image that no model can see -> reason."""
-    bad = ~images.flatten(1).isfinite().all(1)
-    return dict.fromkeys(bad.nonzero().flatten().tolist(), "the image has pixels that are not numbers")
 
 
 def problems_of(
@@ -275,7 +263,8 @@ def build(
     check_end(config, tokenizer, tokenizer_folder)
     with torch.random.fork_rng(devices=[]):  # transformers 4 draws weights before it reads them
         model: Any = CLIPModel.from_pretrained(None, config=config, state_dict=weights)
-    return Clip(model.to(getattr(torch, precision)).eval().requires_grad_(False), tokenizer, placement)
+    model = model.to(getattr(torch, precision)).eval().requires_grad_(False)
+    return Clip(model, tokenizer, placement, scale=weights["logit_scale"].float().exp().item())
 
 
 @Kept

@@ -123,8 +123,14 @@ def advice(need: Need, folder: Path | None) -> str:
 
 
 def folders() -> list[str]:
-    """The names of all folders in the roots."""
-    return sorted({entry.name for root in roots() if root.is_dir() for entry in root.iterdir() if entry.is_dir()})
+    """The names of the folders in the roots that hold a model; those of unfinished downloads begin with a dot."""
+    entries = [entry for root in roots() if root.is_dir() for entry in root.iterdir() if entry.is_dir()]
+    return sorted({entry.name for entry in entries if entry.name[0] != "." and holds_model(entry)})
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether there is a configuration or a file of weights; not in a folder that cannot be read."""
+    return any(file.name == "config.json" or file.suffix in SUFFIXES for file in folder.glob("*"))
 
 
 def described(need: Need) -> str:
@@ -188,6 +194,8 @@ def reading(path: Path, load_safetensors: Callable[[Path], dict[str, Tensor]], d
             f"{path} holds more than tensors, or is damaged; it was not executed. Use a .safetensors file, or a "
             f".pt file that loads with weights_only=True"
         ) from None
+    except MemoryError:
+        raise
     except Exception as problem:  # a damaged pickle fails in any way: KeyError, IndexError, struct.error, ...
         raise ValueError(
             f"{path} cannot be read as weights ({type(problem).__name__}: {problem}); it may be cut off, get it again"

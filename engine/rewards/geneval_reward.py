@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ..knobs import Choice, Knob, Text
 from ..protocols import RewardBatch, RewardResult
-from .clip import BatchSize, ModelFolder, Precision, broken, check_folder, load_clip
+from .clip import BatchSize, ModelFolder, Precision, check_folder, load_clip
 from .clipscore import CLIP_L
 from .files import Need, locate, require_transformers
 from .geneval import Detection, judge, problems
 from .geneval_colour import colours_of, on_grey
 from .geneval_detector import DETECTOR, LOWEST, Detector, Found, check_detector, load_detector
 from .geneval_words import CLASSES, COLOURS
+from .images import broken
 from .placement import Placement, placed
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

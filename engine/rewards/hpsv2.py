@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,8 @@ TOKENIZER_NEED = Need(
 )
 TOKENIZER_FOLDERS = (CLIP_L.folder, PICKSCORE.folder)
 """All these models have the same tokenizer, so another one's will do."""
+TOKENIZER_SOURCES: list[Callable[[], Path]] = []
+"""A host that brings that tokenizer appends its folder, which may be outside of the roots."""
 END = 49407
 TEXT = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 VISION = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
@@ -135,9 +137,11 @@ def hps_files(reward: Hpsv2) -> tuple[Path, Path]:
 
 
 def tokenizer_folder(model: str) -> Path | None:
-    """The model's own folder, or another CLIP's, that has a tokenizer."""
+    """The model's own folder, another CLIP's, or a host's that has a tokenizer."""
     folders = [folder for name in (model, *TOKENIZER_FOLDERS) if (folder := resolve(name))]
-    return next((folder for folder in folders if choose(folder, TOKENIZER)), None)
+    found = [folder for folder in folders if choose(folder, TOKENIZER)]
+    found += [folder for source in TOKENIZER_SOURCES if (folder := source()).joinpath("vocab.json").is_file()]
+    return next(iter(found), None)
 
 
 @Kept

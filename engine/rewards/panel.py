@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data import Prompt, ViewRules
 from ..protocols import Reward, RewardBatch, RewardResult
 from ..waiting import Interrupted, Worker, result_of
+from .images import broken, check_rgb
 from .remote.parallel import stop_all
 
 MODES = ("each", "gdpo", "sum")
@@ -192,13 +193,14 @@ class Scoring:
 
 
 def ask(label: str, reward: Reward, batch: RewardBatch) -> RewardResult:
-    """Call one reward; an exception or an infinite score becomes NaN with a reason, never 0.
+    """Call one reward; an exception, an infinite score or a broken image becomes NaN with a reason, never 0.
 
     Raises RuntimeError when the reward answers with something else than a number for each image, sub-scores included:
     that is a bug of the reward. Running out of memory is not the reward's failure either: smaller batches may help.
     """
     num_images = len(batch.prompts)
     try:
+        check_rgb(batch.images)
         result = call(reward, batch)
     except torch.OutOfMemoryError:
         raise
@@ -207,10 +209,13 @@ def ask(label: str, reward: Reward, batch: RewardBatch) -> RewardResult:
         return RewardResult(torch.full((num_images,), torch.nan), {}, dict.fromkeys(range(num_images), reason))
     if not isinstance(result, RewardResult):
         raise RuntimeError(f"reward {label} returned {type(result).__name__}; it must return a RewardResult")
-    scores = numbers(f"reward {label}", result.scores, num_images)
-    details = {name: numbers(f"reward {label}, {name}", found, num_images) for name, found in result.details.items()}
+    bad = broken(batch.images)  # some rewards would see a colour where there is none
+    seen = torch.tensor([0.0 if i not in bad else torch.nan for i in range(num_images)])
+    scores = numbers(f"reward {label}", result.scores, num_images) + seen
+    details = {name: numbers(f"reward {label}, {name}", v, num_images) + seen for name, v in result.details.items()}
     missing = unscored(scores)
-    reasons = {i: result.errors.get(i, "the score is not a finite number") for i in missing if i not in result.skipped}
+    why = {**dict.fromkeys(missing, "the score is not a finite number"), **bad, **result.errors}
+    reasons = {i: why[i] or "it does not say why" for i in missing if i not in result.skipped}
     return RewardResult(scores.where(scores.isfinite(), torch.nan), details, reasons, result.skipped & set(missing))
 
 

@@ -14,10 +14,11 @@ from typing import Annotated, Any, ClassVar
 
 from ...knobs import Knob, Text
 from ...protocols import RewardBatch, RewardResult
+from ..images import check_rgb
 from .address import Server, connect
 from .parallel import Failure, Workers, in_parallel, interruptibly
 from .patience import Limits, PatienceOption, RemoteError, Timeout
-from .picture import NOT_NUMBERS, png_file, refuse_other_than_rgb, spread, text_of
+from .picture import NOT_NUMBERS, png_file, spread, text_of
 from .reply import UnusableError, number
 from .transport import KeyVariable, excerpt, exchange
 from .trial import HEALTH_SECONDS, tried
@@ -39,7 +40,7 @@ class RemoteHttp:
     def __call__(self, batch: RewardBatch) -> RewardResult:
         """Score every image. Raises ValueError when the server may not be asked."""
         server, num_images = connect(self.url, self.api_key_variable), len(batch.prompts)
-        refuse_other_than_rgb(batch.images)
+        check_rgb(batch.images)
         starts = range(0, num_images, self.batch_size)
         parts = [range(num_images)[start : start + self.batch_size] for start in starts]
         answers = in_parallel([partial(self.compute, server, batch, part) for part in parts], self.workers)

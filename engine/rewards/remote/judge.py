@@ -15,11 +15,12 @@ from typing import Annotated, Any, ClassVar
 
 from ...knobs import Choice, Knob, Text
 from ...protocols import RewardBatch, RewardResult
+from ..images import check_rgb
 from .address import Server, connect
 from .atoms import Question, problem_with
 from .parallel import Failure, Workers, in_parallel, interruptibly
 from .patience import Limits, PatienceOption, RemoteError, Timeout
-from .picture import NOT_NUMBERS, Picture, refuse_other_than_rgb, spread, text_of, trial_batch
+from .picture import NOT_NUMBERS, Picture, spread, text_of, trial_batch
 from .plans import OWN, PRESETS, READERS, TOKENS, Plan
 from .reply import UnusableError, read_reply
 from .transport import KeyVariable, excerpt, exchange
@@ -92,7 +93,7 @@ class VlmJudge:
     def judged(self, batch: RewardBatch, kept: "Answers") -> RewardResult:
         """Score every image; answers in ``kept`` are not asked for again."""
         server = connect(self.base_url, self.api_key_variable)
-        refuse_other_than_rgb(batch.images)
+        check_rgb(batch.images)
         errors: dict[int, str] = {}
         asked: list[int] = []
         jobs: list[Callable[[Event], tuple[float, ...]]] = []

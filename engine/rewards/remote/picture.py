@@ -48,11 +48,6 @@ def png_file(image: Tensor) -> bytes | None:
     return file.getvalue()
 
 
-def refuse_other_than_rgb(images: Tensor) -> None:
-    """Raise ValueError for anything but float [B, 3, H, W]."""
-    eight_bit(images.to("meta"))  # computes nothing
-
-
 def text_of(file: bytes) -> str:
     """Base64, as JSON carries files."""
     return base64.b64encode(file).decode("ascii")
