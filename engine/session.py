@@ -82,7 +82,7 @@ class Session:
         check_processes(config, self.world)
         self.guard, self.idleness = make_guard(config), Idleness()
         self.told: set[str] = set()
-        """Warnings that were logged."""
+        """Alarms and warnings that were logged."""
         self.cond = self.model.encode([p.text for p in run.prompts])
         self.held_out_cond = self.model.encode([p.text for p in run.held_out]) if run.held_out else None
         self.writes = self.world.rank == 0
@@ -167,8 +167,6 @@ class Session:
         settings, folder = self.run.config.evaluation, self.run.folder
         last = progress.number == self.training.iterations
         progress.alarms = self.guard.add(progress.number, progress.evaluation.scores, last=last)
-        for alarm in progress.alarms:
-            log.warning("iteration %d: %s", progress.number, alarm)
         progress.warnings += self.guard.unjudged()
         self.gamed = bool(progress.alarms) and settings.stop_when_gamed
         if self.writes:
@@ -245,11 +243,11 @@ class Session:
         return progress
 
     def said(self, progress: Progress) -> dict[str, Any]:
-        """What an evaluation, the guard and warnings add to a line of metrics; new warnings are logged."""
-        for warning in progress.warnings:
-            if self.writes and warning not in self.told:
-                log.warning("iteration %d: %s", progress.number, warning)
-            self.told.add(warning)
+        """What an evaluation, alarms and warnings add to a line of metrics; new ones are logged, by one process."""
+        for sentence in (*progress.alarms, *progress.warnings):
+            if self.writes and sentence not in self.told:
+                log.warning("iteration %d: %s", progress.number, sentence)
+            self.told.add(sentence)
         row = evaluation_row(progress.evaluation, self.run.config) if progress.evaluation else {}
         lists = {"alarms": progress.alarms, "warnings": progress.warnings}
         return row | {name: found for name, found in lists.items() if found}

@@ -214,6 +214,25 @@ def test_too_few_images_for_the_guard_are_said_once(tmp_path, caplog):
     assert [row["evaluation_missing"] for row in rows] == [{}] * 3
 
 
+@pytest.mark.parametrize(("writes", "times"), [(True, 1), (False, 0)], ids=["the first", "another"])
+def test_one_process_of_several_logs_an_alarm(tmp_path, caplog, writes, times):
+    session = new_session(tmp_path)
+    session.writes = writes
+    row = session.said(Progress(3, 9, alarms=["the reward is being gamed"], warnings=["few images"]))
+    assert row == {"alarms": ["the reward is being gamed"], "warnings": ["few images"]}
+    for sentence in ("iteration 3: the reward is being gamed", "iteration 3: few images"):
+        assert caplog.text.count(sentence) == times
+
+
+def test_the_alarm_of_an_evaluation_is_logged_once(tmp_path, caplog):
+    session = new_session(tmp_path)
+    add = session.guard.add
+    session.guard.add = lambda *given, **more: add(*given, **more) or ["it is being gamed"]
+    list(session.execute())
+    assert caplog.text.count("it is being gamed") == 1
+    assert [row["alarms"] for row in session.run.metrics()] == [["it is being gamed"]] * 3
+
+
 def test_a_run_in_which_nothing_fails_has_no_warnings(tmp_path, caplog):
     training = CONFIG["training"] | {"iterations": 1}
     session = new_session(tmp_path, training=training, evaluation=CONFIG["evaluation"] | {"images_per_prompt": 4})
