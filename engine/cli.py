@@ -5,12 +5,14 @@
 import argparse
 import inspect
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from .calibrate import calibration_options
 from .checkpoint import SaveError
@@ -100,7 +102,7 @@ def demo_command(options: argparse.Namespace) -> int:
 
 def resume_command(options: argparse.Namespace) -> int:
     """``densegrpo resume RUN``."""
-    from .distributed import shared_world
+    from .distributed import join_world
     from .run import Run
     from .watch import watch
 
@@ -110,8 +112,7 @@ def resume_command(options: argparse.Namespace) -> int:
         run = run.continued(options.iterations)
     if options.ignore_alarms:
         run = run.adopt(replace(run.config, evaluation=replace(run.config.evaluation, stop_when_gamed=False)))
-    with shared_world() as world:
-        return watch(run, world, resume=True)
+    return watch(run, join_world(), resume=True)
 
 
 def compare_command(options: argparse.Namespace) -> int:
@@ -276,17 +277,37 @@ def with_iterations(config: RunConfig, iterations: int | None) -> RunConfig:
 
 def start(config: RunConfig, out: Path, base: Path) -> int:
     """Create a run and train it; with several processes the first creates it."""
-    from .distributed import shared_world
+    from .distributed import join_world
     from .run import Run, check_processes
     from .watch import watch
 
-    with shared_world() as world:
-        check_processes(config, world)
-        if world.rank == 0:
-            Run.create(config, out, base)
-        world.wait()
-        return watch(Run.open(out / config.name), world, resume=False)
+    world = join_world()
+    check_processes(config, world)
+    if world.rank == 0:
+        Run.create(config, out, base)
+    world.wait()
+    return watch(Run.open(out / config.name), world, resume=False)
+
+
+def entry() -> NoReturn:
+    """What the program ``densegrpo`` does."""
+    end_process(main())
+
+
+def end_process(status: int) -> NoReturn:
+    """Exit; at once when a launcher started several processes.
+
+    Threads of torch's process group let go of tensors late, for which they need the interpreter. One that meets an
+    interpreter which is being taken down aborts the process ("terminate called without an active exception"), and the
+    launcher then calls a run failed that is saved and complete.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

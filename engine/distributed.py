@@ -1,8 +1,7 @@
 """The processes that share a run: whole groups each, gradients added, statistics gathered."""
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -27,10 +26,6 @@ class World(Protocol):
         """Until all processes are here."""
         ...
 
-    def leave(self) -> None:
-        """Let the others go; nothing can be asked of them afterwards."""
-        ...
-
 
 class Solo:
     """One process."""
@@ -47,9 +42,6 @@ class Solo:
 
     def wait(self) -> None:
         """Nobody to wait for."""
-
-    def leave(self) -> None:
-        """Nobody to leave."""
 
 
 class Accelerated:
@@ -77,10 +69,6 @@ class Accelerated:
         """Barrier."""
         self.accelerator.wait_for_everyone()
 
-    def leave(self) -> None:
-        """Stop the threads of the process group; left running, one of them now and then aborts a process that ends."""
-        self.accelerator.end_training()
-
 
 def gather_texts(world: World, texts: Iterable[str]) -> list[str]:
     """The texts of all processes in rank order, each one once; empty ones are left out."""
@@ -88,16 +76,6 @@ def gather_texts(world: World, texts: Iterable[str]) -> list[str]:
     letters = "".join(f"{text}\0" for text in ("", *texts)).encode(errors="backslashreplace")
     gathered = world.gather(torch.tensor(list(letters), dtype=torch.uint8))
     return [text for text in dict.fromkeys(bytes(gathered.tolist()).decode().split("\0")) if text]
-
-
-@contextmanager
-def shared_world() -> Iterator[World]:
-    """The processes around this one; they are left when the work within ends or fails."""
-    world = join_world()
-    try:
-        yield world
-    finally:
-        world.leave()
 
 
 def join_world() -> World:

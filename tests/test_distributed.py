@@ -230,3 +230,23 @@ def test_one_process_instead_of_two_is_refused(tmp_path):
         [*command, "-m", "densegrpo.engine.cli", "demo"], capture_output=True, text=True, cwd=tmp_path
     )
     assert "use `accelerate launch --multi_gpu --num_processes 2" in done.stderr
+
+
+END = """
+import atexit, sys
+from densegrpo.engine.cli import end_process
+atexit.register(print, "the interpreter was taken down")
+print("all of it", end="")
+print("errors too", end="", file=sys.stderr)
+end_process(3)
+"""
+
+
+@pytest.mark.parametrize(("run_id", "more"), [("none", ""), (None, "the interpreter was taken down\n")])
+def test_one_of_several_processes_ends_at_once_but_says_all(monkeypatch, run_id, more):
+    """A thread of the process group that meets an interpreter which is taken down aborts the process."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if run_id:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    done = subprocess.run([sys.executable, "-c", END], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"all of it{more}", "errors too")
